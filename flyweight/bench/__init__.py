@@ -1,0 +1,1 @@
+"""Measuring: how long, how large, on which machine."""

@@ -1,0 +1,197 @@
+"""The command line: thin verbs over the library. Nothing heavy is imported before a verb needs it."""
+
+import json
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flyweight import __version__
+from flyweight.errors import BudgetNotMet, FlyweightError, UsageError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="From labelled pictures and a budget to the smallest, fastest image classifier that meets it.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main() -> None:
+    """Runs the command line; a failure is one sentence and its exit code, never a traceback."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except FlyweightError as error:
+        _fail(str(error), error.exit_code)
+    except MemoryError:
+        _fail("there is not enough memory: close other programs or use fewer or smaller pictures", 1)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, which is not worth a word
+        sys.exit(1)
+    except Exception as error:
+        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+            raise
+        _fail(error.format_message(), UsageError.exit_code)  # a usage error of the option parser's
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"flyweight: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"flyweight {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+@app.command()
+def fit(
+    data: Annotated[str | None, typer.Argument(help="A folder of class folders, cifar10:PATH, idx:PATH, or demo.")] = None,
+    budget: Annotated[list[str] | None, typer.Option(help='Limits such as "latency<=2ms, size<=500KB"; may be repeated.')] = None,
+    time: Annotated[str, typer.Option(help="How long the whole job may take: 90s, 10m, 1.5h.")] = "10m",
+    out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/<data>-<time>.")] = None,
+    threads: Annotated[int, typer.Option(help="Cores that the latency is measured on.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show candidates and plan; train nothing.")] = False,
+    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Find, train, compress, verify and measure the best classifier within a budget.
+
+    Exit codes: 0 budget met, 1 failure, 2 usage, 3 budget not met, 4 data refused, 5 export differs, 130 interrupted.
+    """
+    from flyweight import fitting
+    from flyweight.search.budget import GRAMMAR
+    from flyweight.terminal import Progress, show_outlook, show_result
+
+    if resume is not None and (data is not None or budget):
+        raise UsageError("--resume takes neither data nor a budget: the run knows them")
+    if resume is None and data is None:
+        raise UsageError("which pictures? flyweight fit DATA --budget BUDGET (or --resume DIR)")
+    if resume is None and not budget:
+        raise UsageError(f'what may it cost? --budget "latency<=2ms, size<=500KB"; {GRAMMAR}')
+    if dry_run and data is not None:
+        show_outlook(fitting.outlook(data, budget or (), time, threads), as_json)
+        return
+    with Progress(quiet=as_json) as progress:
+        if resume is not None:
+            run = fitting.resume(resume, progress.listen)
+        else:
+            assert data is not None
+            run = fitting.fit(data, budget or (), time, out, threads, seed, skip_corrupt, progress.listen)
+    show_result(run, as_json)
+    if not run.met:
+        raise BudgetNotMet(_missed(run.result["budget"], run.folder))
+
+
+def _missed(budget: Iterable[dict[str, Any]], folder: Path) -> str:
+    from flyweight.search.space import readable
+
+    missed = [
+        f"{line['name']} is {readable(line['name'], line['measured'])} instead of {readable(line['name'], line['limit'])} "
+        f"({100 * abs(line['measured'] / line['limit'] - 1):.0f} % short)"
+        for line in budget
+        if not line["met"]
+    ]
+    return f"the budget is not met: {'; '.join(missed)}. The nearest classifier is in {folder}"
+
+
+@app.command()
+def predict(
+    model: Annotated[Path, typer.Argument(help="A run's folder or a model.onnx.")],
+    images: Annotated[list[Path], typer.Argument(help="Pictures.")],
+    top: Annotated[int, typer.Option(help="How many classes to show.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Classify pictures."""
+    from flyweight.run import classifier
+
+    known = classifier(model)
+    if top < 1:
+        raise UsageError(f"--top must be at least 1, not {top}")
+    rows = []
+    for image, row in zip(images, known.predict_proba(list(images)), strict=True):
+        best = row.argsort()[::-1][:top]
+        rows.append({"image": str(image), "top": [{"class": known.classes[i], "probability": float(row[i])} for i in best]})
+    if as_json:
+        print(json.dumps(rows, ensure_ascii=False, indent=2))
+        return
+    for row in rows:
+        print(f"{row['image']}: " + ", ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["top"]))
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="A shell-style pattern such as 'squeeze*'.")] = "*",
+    as_json: Json = False,
+) -> None:
+    """List the networks, with parameters and multiply-accumulates at their usual input."""
+    from flyweight.costs import cost
+    from flyweight.create import list_models, spec_of
+    from flyweight.terminal import print_table
+
+    names = list_models(pattern)
+    if not names:
+        raise UsageError(f"no model matches {pattern!r}; flyweight models lists all")
+    rows = []
+    for name in names:
+        spec = spec_of(name, num_classes=10) if spec_of(name).input[1] <= 32 else spec_of(name)
+        counted = cost(spec)
+        classes = spec.args.get("num_classes", 1000)
+        rows.append({"name": name, "family": spec.family, "size": spec.input[1], "classes": classes, "params": counted.params, "macs": counted.macs})
+    if as_json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print_table(rows)
+
+
+@app.command()
+def cost(
+    name: Annotated[str, typer.Argument(help="A network's name; flyweight models lists them.")],
+    width: Annotated[float, typer.Option(help="Width multiplier.")] = 1.0,
+    resolution: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 1000,
+    per_layer: Annotated[bool, typer.Option("--per-layer", help="One line for each layer.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Count a network exactly: parameters, multiply-accumulates, memory."""
+    from flyweight.costs import cost as count
+    from flyweight.create import spec_of
+    from flyweight.terminal import show_cost
+
+    own = spec_of(name).args
+    args = {"width": width} if width != 1.0 or "width" not in own else {}
+    spec = spec_of(name, size=resolution, num_classes=classes, **args)
+    show_cost(name, spec, count(spec), per_layer, as_json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
+    """Write a run's report.html again from its records."""
+    from flyweight.report import write_report
+
+    print(write_report(run))

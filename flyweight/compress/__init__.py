@@ -1,0 +1,1 @@
+"""From a trained network to a smaller file that answers as it did."""

@@ -1,0 +1,92 @@
+"""Which precision ships: float32 or one of the int8 schemes, by measured accuracy, latency and size."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from flyweight.bench.measure import Latency
+
+FLOAT = "float32"
+# int8 may lose this much validation accuracy; and schemes this close to the best are told apart by speed.
+TOLERATED, CLOSE = 0.01, 0.003
+
+
+@dataclass
+class Variant:
+    """The winner in one precision, measured: `measured` under the names of budget limits."""
+
+    format: str
+    model: bytes
+    latency: Latency
+    val_top1: float
+    measured: dict[str, float]
+    excess: float
+    why: str = ""
+
+    def to_json(self, chosen: bool) -> dict[str, Any]:
+        """As a `variant` record."""
+        return {
+            "format": self.format,
+            "size_bytes": len(self.model),
+            "latency_ms": self.latency.p50,
+            "val_top1": self.val_top1,
+            "chosen": chosen,
+            "why": self.why,
+        }
+
+
+def choose(variants: Sequence[Variant]) -> Variant:
+    """The variant to ship, with every variant's `why` filled in.
+
+    Of those that meet the budget (else of those that miss it by the least), int8 is preferred while it loses at most
+    a point of validation accuracy to float32 and is not slower here.
+    """
+    least = min(variant.excess for variant in variants)
+    fitting = [variant for variant in variants if variant.excess <= least]
+    for variant in variants:
+        if variant.excess > least:
+            variant.why = "outside the budget"
+    int8 = _best([variant for variant in fitting if variant.format != FLOAT])
+    full = next((variant for variant in fitting if variant.format == FLOAT), None)
+    chosen = _float_or_int8(full, int8)
+    for variant in fitting:
+        variant.why = variant.why or _compared(variant, chosen)
+    return chosen
+
+
+def _best(variants: Sequence[Variant]) -> Variant | None:
+    """The fastest of those whose accuracy is close to the best."""
+    best = max((variant.val_top1 for variant in variants), default=0.0)
+    close = [variant for variant in variants if variant.val_top1 >= best - CLOSE]
+    return min(close, key=lambda variant: variant.latency.p50, default=None)
+
+
+def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:
+    if full is None or int8 is None:
+        only = int8 or full
+        assert only is not None
+        only.why = "shipped: the only precision within the budget" if full is None else "shipped"
+        return only
+    loss = full.val_top1 - int8.val_top1
+    if loss > TOLERATED:
+        full.why = f"shipped: int8 loses {100 * loss:.2f} points"
+        return full
+    if int8.latency.p50 > full.latency.p50:
+        full.why = f"shipped: int8 is slower here ({int8.latency.p50:.3g} ms against {full.latency.p50:.3g} ms)"
+        return full
+    faster = full.latency.p50 / int8.latency.p50
+    smaller = len(full.model) / len(int8.model)
+    int8.why = f"shipped: {faster:.1f} times faster and {smaller:.1f} times smaller than float32 at {-100 * loss:+.2f} points"
+    return int8
+
+
+def _compared(variant: Variant, chosen: Variant) -> str:
+    points = 100 * (variant.val_top1 - chosen.val_top1)
+    return f"{points:+.2f} points and {variant.latency.p50 / chosen.latency.p50:.2f} times the time of what ships"
+
+
+def calibration_sample(n: int, seed: int, most: int = 256) -> np.ndarray:
+    """Positions of up to `most` training pictures, seeded and sorted."""
+    return np.sort(np.random.default_rng(seed).permutation(n)[:most])

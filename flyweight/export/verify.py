@@ -1,0 +1,100 @@
+"""The parity gate: the exported file must answer as the trained network does, on real pictures, from their raw bytes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from flyweight.data import Dataset
+from flyweight.preprocess import Preprocess
+
+AGREEMENT = 0.999
+POINT = 0.01
+BATCH = 64
+Z95 = 1.959964
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The outcome: `agreement` is the share of equal answers; the interval is of the paired accuracy difference.
+
+    `tolerance` is the largest loss of accuracy that passes; for float32, where answers must be equal, the largest share
+    of other answers.
+    """
+
+    n: int
+    agreement: float
+    pytorch_top1: float
+    exported_top1: float
+    interval: tuple[float, float]
+    tolerance: float
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As a `parity` record."""
+        return asdict(self) | {"interval": list(self.interval)}
+
+
+def answers(run: Callable[[np.ndarray], np.ndarray], data: Dataset, preprocess: Preprocess) -> np.ndarray:
+    """Probabilities [N, classes] of an exported file for the pictures as they lie on the disk, preprocessed anew."""
+    return np.concatenate([run(pixels) for pixels in raw_batches(data, preprocess)])
+
+
+def raw_batches(data: Dataset, preprocess: Preprocess) -> Iterator[np.ndarray]:
+    """uint8 [n, H, W, C] batches, each picture read from its source again: no pack, no cache."""
+    for start in range(0, len(data), BATCH):
+        indices = range(start, min(start + BATCH, len(data)))
+        yield np.stack([preprocess.pixels(data.original(index)) for index in indices])
+
+
+def compare(reference: np.ndarray, exported: np.ndarray, labels: np.ndarray, is_float: bool) -> Parity:
+    """The gate over answers [N] of the trained network and of the exported file.
+
+    float32: at least 99.9 % equal answers. int8: accuracy lower by at most one point, or by what the paired 95 % interval
+    cannot tell from nothing, whichever is more.
+    """
+    right, right_too = reference == labels, exported == labels
+    difference = right_too.astype(float) - right.astype(float)
+    half = Z95 * float(difference.std()) / len(labels) ** 0.5
+    mean = float(difference.mean())
+    agreement = float((reference == exported).mean())
+    tolerance = 1 - AGREEMENT if is_float else max(POINT, half)
+    passed = agreement >= AGREEMENT if is_float else -mean <= tolerance
+    return Parity(
+        n=len(labels),
+        agreement=agreement,
+        pytorch_top1=float(right.mean()),
+        exported_top1=float(right_too.mean()),
+        interval=(mean - half, mean + half),
+        tolerance=round(tolerance, 6),
+        passed=passed,
+    )
+
+
+def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
+    """The temperature that minimises the cross-entropy of softmax(logits / T) (Guo et al., arXiv:1706.04599, section 4.2).
+
+    Found by golden-section search over log T in [−3, 3], on which the loss has one minimum in 1 / T.
+    """
+
+    def loss(log_t: float) -> float:
+        scaled = logits / np.exp(log_t)
+        top = scaled.max(axis=1, keepdims=True)
+        log_sum = np.log(np.exp(scaled - top).sum(axis=1)) + top[:, 0]
+        return float((log_sum - scaled[np.arange(len(labels)), labels]).mean())
+
+    low, high = -3.0, 3.0
+    golden = (np.sqrt(5) - 1) / 2
+    for _ in range(40):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        low, high = (low, right) if loss(left) < loss(right) else (left, high)
+    return float(np.exp((low + high) / 2))
+
+
+def wilson(hits: int, n: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of a proportion."""
+    p, z2 = hits / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * np.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))

@@ -1,0 +1,142 @@
+"""The main job: from labelled pictures and a budget to the classifier that ships."""
+
+import errno
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flyweight import __version__, stages
+from flyweight.data import Source, Splits, open_source, prepare
+from flyweight.errors import FlyweightError, ParityError, UsageError
+from flyweight.job import Job, Stopwatch, check_free, load_job, new_folder, save_job
+from flyweight.records import Listener, Records, read_records
+from flyweight.run import Run
+from flyweight.search.budget import Budget, parse_time
+from flyweight.search.space import Candidate, candidates, input_sizes, ranked
+from flyweight.search.strategy import Rung
+from flyweight.search.survey import cost_all
+from flyweight.train.platform import cores
+
+
+def fit(
+    data: str | Path,
+    budget: str | Sequence[str],
+    time: str | float = "10m",
+    out: str | Path | None = None,
+    threads: int = 1,
+    seed: int = 0,
+    skip_corrupt: bool = False,
+    listener: Listener | None = None,
+) -> Run:
+    """Trains, compresses, exports, verifies and measures the best classifier of `data` within `budget`.
+
+    `data`: a folder of class folders, "cifar10:PATH", "idx:PATH" or "demo". `budget`: limits such as "latency<=2ms,
+    size<=500KB" (latency in ms on `threads` cores, sizes in bytes, accuracies as fractions). `time` bounds the whole job:
+    seconds or "10m". The run's folder (docs/run-folder.md) is `out`, by default runs/<data>-<time>; `listener` is told of
+    each record as it is made.
+
+    A budget that no candidate meets is no error here: the nearest is shipped and `Run.met` is false. Raises UsageError
+    (a bad budget, a missing path), DataError (the data is refused), ParityError (the export answers otherwise than the
+    network).
+    """
+    job = _job(data, budget, time, threads, seed, skip_corrupt)
+    if out is not None:
+        check_free(Path(out))
+    watch = Stopwatch()
+    source, splits = _open(job, listener)
+    folder = new_folder(Path(out) if out is not None else None, source.name)
+    save_job(folder, job)
+    return _guarded(folder, job, source, splits, watch, listener)
+
+
+def resume(folder: str | Path, listener: Listener | None = None) -> Run:
+    """Goes on with an interrupted run in the time that it has left; a finished one is opened. Raises UsageError."""
+    folder = Path(folder)
+    if (folder / "result.json").exists():
+        return Run(folder)
+    job = load_job(folder)
+    watch = Stopwatch(_spent(folder))
+    source, splits = _open(job, listener)
+    return _guarded(folder, job, source, splits, watch, listener)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a job would do: all candidates with their fate so far, those to be tried in order, the rungs and the seconds."""
+
+    pool: list[Candidate]
+    order: list[Candidate]
+    rungs: list[Rung]
+    seconds: dict[str, float]
+
+
+def outlook(data: str | Path, budget: str | Sequence[str], time: str | float = "10m", threads: int = 1) -> Outlook:
+    """A dry run: costs every candidate exactly and plans the time, without decoding, measuring or training anything."""
+    job = _job(data, budget, time, threads, 0, False)
+    source = open_source(job.source)
+    pool = candidates(input_sizes(source.size), source.channels, len(source.classes))
+    cost_all(pool, Budget.parse(job.budget))
+    order = ranked(
+        [candidate for candidate in pool if candidate.status != "dropped"], stages.ideal_macs(job.seconds, len(source))
+    )
+    measuring, trying = job.seconds * stages.MEASURE_SHARE, job.seconds * stages.TRIAL_SHARE
+    reserve = stages.reserve(job.seconds, len(source) // 3)
+    seconds = {"measure": measuring, "search": trying, "train": job.seconds - measuring - trying - reserve, "verify": reserve}
+    return Outlook(pool, order, stages.rungs(len(order), job.seconds), seconds)
+
+
+def _job(data: str | Path, budget: str | Sequence[str], time: str | float, threads: int, seed: int, skip_corrupt: bool) -> Job:
+    limits = Budget.parse(budget)
+    if not 1 <= threads <= cores():
+        raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
+    text = budget if isinstance(budget, str) else ", ".join(budget)
+    seconds = parse_time(time)
+    command = f'flyweight fit {data} --budget "{limits}" --time {seconds:g}s --threads {threads} --seed {seed}'
+    return Job(str(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
+
+def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:
+    source = open_source(job.source)
+
+    def progress(done: int, total: int) -> None:
+        if listener:
+            listener({"kind": "progress", "stage": "decoding", "share": done / total})
+
+    sizes = input_sizes(source.size)
+    return source, prepare(source, sizes, seed=job.seed, skip_corrupt=job.skip_corrupt, progress=progress)
+
+
+def _spent(folder: Path) -> float:
+    """Seconds that an interrupted run had worked."""
+    return max((float(record["at"]) for record in read_records(folder / "records.jsonl")), default=0.0)
+
+
+def _guarded(folder: Path, job: Job, source: Source, splits: Splits, watch: Stopwatch, listener: Listener | None) -> Run:
+    """Carries the job out; a full or read-only disk becomes one sentence."""
+    try:
+        records = Records(folder, lambda: watch.elapsed, listener)
+        return _carry_out(stages.Work(folder, job, Budget.parse(job.budget), source, splits, records, watch))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        remedy = f"make room, then flyweight fit --resume {folder}"
+        raise FlyweightError(f"{error.filename or folder} cannot be written ({error.strerror}): {remedy}") from error
+
+
+def _carry_out(work: stages.Work) -> Run:
+    """The story of the job."""
+    stages.introduce(work)
+    pool = stages.survey_candidates(work)
+    winner = stages.race(work, pool)
+    net, preprocess = stages.train_winner(work, winner)
+    shipped, counted = stages.compress(work, net, preprocess)
+    parity = stages.verify(work, net, preprocess, shipped)
+    if not parity.passed:
+        raise ParityError(
+            f"the exported file agrees with the trained network on {100 * parity.agreement:.2f} % of {parity.n} validation "
+            f"pictures ({100 * parity.exported_top1:.2f} % right against {100 * parity.pytorch_top1:.2f} %), outside the "
+            f"tolerance of {100 * parity.tolerance:.2f} points; nothing was shipped, the records are in {work.folder}"
+        )
+    stages.finish(work, pool, winner, net, preprocess, shipped, counted)
+    shutil.rmtree(work.folder / "state", ignore_errors=True)
+    return Run(work.folder)

@@ -1,0 +1,151 @@
+"""The candidates: every family of the zoo over its widths and the input sizes, with exact costs."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flyweight import zoo
+from flyweight.costs import NetCost, cost
+from flyweight.create import spec_of
+from flyweight.errors import FlyweightError
+from flyweight.net import Spec
+from flyweight.search.budget import Budget
+
+# Up to this side, networks start with a stem that keeps the size; their original stems would leave nothing to see.
+SMALL = 48
+PHOTO_SIZES = (64, 96, 128, 160, 192, 224)
+# What an int8 file holds beside one byte for each weight: scales, names and nodes, at the very least.
+INT8_BYTES = 1.0
+
+
+@dataclass
+class Candidate:
+    """A network that might meet the budget, what is known of it so far, and what became of it."""
+
+    name: str
+    spec: Spec
+    cost: NetCost | None = None
+    size_bytes: int | None = None
+    latency_ms: float | None = None
+    status: str = "not tried"
+    why: str = ""
+    val_top1: float | None = None
+    epochs: float | None = None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates; 0 before the cost is known."""
+        return self.cost.macs if self.cost else 0
+
+    def measured(self) -> dict[str, float]:
+        """What is known, under the names of budget limits; the memory at one byte a value (int8)."""
+        values: dict[str, float | None] = {"latency": self.latency_ms, "size": self.size_bytes}
+        if self.cost:
+            values |= {"macs": self.cost.macs, "params": self.cost.params, "memory": self.cost.memory_bytes(1)}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def recall(self, record: Mapping[str, Any]) -> None:
+        """Takes up what an earlier measurement recorded."""
+        self.size_bytes, self.latency_ms = record["size_bytes"], record["latency_ms"]
+        self.status, self.why = record["status"], record["why"]
+
+    def drop(self, why: str) -> None:
+        """Takes the candidate out of the race."""
+        self.status, self.why = "dropped", why
+
+    def to_json(self) -> dict[str, Any]:
+        """As in result.json."""
+        return {
+            "name": self.name,
+            "spec": self.spec.to_json(),
+            "params": self.cost.params if self.cost else None,
+            "macs": self.cost.macs if self.cost else None,
+            "memory_bytes": self.cost.memory_bytes(1) if self.cost else None,
+            "size_bytes": self.size_bytes,
+            "latency_ms": self.latency_ms,
+            "status": self.status,
+            "why": self.why,
+            "val_top1": self.val_top1,
+            "epochs": self.epochs,
+        }
+
+
+def input_sizes(native: tuple[int, int]) -> tuple[int, ...]:
+    """The square input sizes worth trying for pictures of `native` (height, width): their own and about three quarters of
+    it for small ones, three common sizes up to their own for photographs."""
+    side = min(native)
+    if side <= SMALL:
+        smaller = round(side * 0.75 / 4) * 4
+        return (smaller, side) if smaller >= 16 else (side,)
+    fitting = [size for size in PHOTO_SIZES if size <= side]
+    if len(fitting) < 2:
+        return tuple(sorted({*fitting, side}))
+    return tuple(fitting[: min(len(fitting), 4)])
+
+
+def candidates(sizes: Sequence[int], channels: int, classes: int) -> list[Candidate]:
+    """Every family's candidates at its widths, for each input size: not yet costed."""
+    found: list[Candidate] = []
+    for family in zoo.families().values():
+        for size in sizes:
+            for name in family.CANDIDATES["small" if size <= SMALL else "large"]:
+                for width in family.WIDTHS:
+                    spec = spec_of(name, size=size, num_classes=classes, in_chans=channels, width=width)
+                    found.append(Candidate(f"{name} x{width:g} @{size}", spec))
+    return found
+
+
+def estimate_cost(candidate: Candidate) -> None:
+    """Fills in the exact cost, or drops the candidate if its network cannot take this input."""
+    try:
+        candidate.cost = cost(candidate.spec)
+    except FlyweightError as error:
+        candidate.drop(f"cannot be built: {error}")
+
+
+def screen(candidate: Candidate, budget: Budget) -> None:
+    """Drops a candidate that its cost alone rules out: MACs, parameters, memory, or more weights than the file may have bytes."""
+    if candidate.cost is None:
+        return
+    measured = candidate.measured()
+    measured.setdefault("size", int(candidate.cost.weight_values * INT8_BYTES))
+    broken = budget.broken(measured)
+    if broken:
+        candidate.drop(", ".join(shortfall(limit.name, measured[limit.name], limit.value) for limit in broken))
+
+
+def shortfall(name: str, measured: float, limit: float) -> str:
+    """Why a limit is broken, in words with numbers."""
+    return f"{name} {readable(name, measured)} is over {readable(name, limit)}"
+
+
+def readable(name: str, value: float) -> str:
+    """A budget value in the units that people use."""
+    if name == "latency":
+        return f"{value:.3g} ms"
+    if name == "accuracy":
+        return f"{100 * value:.2f} %"
+    unit = "B" if name in ("size", "memory") else ""
+    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k" if not unit else "K")):
+        if value >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}".strip()
+    return f"{value:g} {unit}".strip()
+
+
+def ranked(pool: Sequence[Candidate], ideal_macs: float) -> list[Candidate]:
+    """The order in which to try: family by family in turn, in each the candidates nearest to `ideal_macs` first.
+
+    `ideal_macs` is what the time given can train well; below it capacity is lost, above it epochs.
+    """
+    def distance(candidate: Candidate) -> float:
+        ratio = max(candidate.macs, 1) / ideal_macs
+        return max(ratio, 1 / ratio)
+
+    by_family: dict[str, list[Candidate]] = {}
+    for candidate in sorted(pool, key=distance):
+        by_family.setdefault(candidate.spec.family, []).append(candidate)
+    queues = sorted(by_family.values(), key=lambda queue: distance(queue[0]))
+    order: list[Candidate] = []
+    for turn in range(max((len(queue) for queue in queues), default=0)):
+        order += [queue[turn] for queue in queues if turn < len(queue)]
+    return order

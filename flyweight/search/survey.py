@@ -1,0 +1,49 @@
+"""Before anything is trained: which candidates can meet the budget, by exact cost and by measuring their exported graphs."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from flyweight.bench.measure import latencies
+from flyweight.create import build
+from flyweight.export import int8, onnx
+from flyweight.preprocess import Preprocess
+from flyweight.search.budget import Budget
+from flyweight.search.space import Candidate, estimate_cost, readable, screen, shortfall
+
+# Enough pictures to place the ranges; these networks are untrained, and only their speed and size are wanted.
+CALIBRATION = 8
+MEASURE_SECONDS = 0.15
+LATENCY_MARGIN = 0.95
+
+
+def cost_all(pool: Sequence[Candidate], budget: Budget) -> None:
+    """Fills in every candidate's exact cost and drops what its cost alone rules out."""
+    for candidate in pool:
+        estimate_cost(candidate)
+        screen(candidate, budget)
+
+
+def measure(candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, threads: int) -> None:
+    """Measures size and latency of the untrained network's exported graph: the faster of float32 and int8.
+
+    `pictures` are a few training pictures, uint8 [n, H, W, C], at the candidate's input size.
+    """
+    net = build(candidate.spec).eval()
+    model = onnx.export(net, Preprocess.of(pictures), classes)
+    files = [model.SerializeToString(), int8.quantise(model, pictures, int8.SCHEMES[0]).SerializeToString()]
+    measured = latencies(files, pictures[:1], threads, MEASURE_SECONDS, rounds=3)
+    candidate.size_bytes = min(len(data) for data in files)
+    candidate.latency_ms = min(speed.p50 for speed in measured)
+
+
+def judge(candidate: Candidate, budget: Budget) -> None:
+    """Drops a measured candidate that breaks a limit, or keeps its latency so barely that the next measurement may not."""
+    known = candidate.measured()
+    broken = budget.broken(known)
+    limit = budget.limit("latency")
+    if broken:
+        candidate.drop(", ".join(shortfall(each.name, known[each.name], each.value) for each in broken))
+    elif limit and candidate.latency_ms and candidate.latency_ms > limit.value * LATENCY_MARGIN:
+        shown = readable("latency", candidate.latency_ms), readable("latency", limit.value)
+        candidate.drop(f"latency {shown[0]} is too close to {shown[1]}: measurements vary by about 5 %")

@@ -1,0 +1,106 @@
+"""What a run leaves beside its measurements: the network, its config, a model card and a script that needs no flyweight."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flyweight import __version__
+from flyweight.net import Net
+from flyweight.preprocess import Preprocess
+from flyweight.train.checkpoint import write_atomically
+from flyweight.weights import net_bytes
+
+PREDICT = '''"""Classifies pictures with model.onnx: python predict.py PICTURE… (needs onnxruntime, numpy and pillow)."""
+import json, pathlib, sys
+import numpy as np, onnxruntime
+from PIL import Image, ImageOps
+
+model = onnxruntime.InferenceSession((pathlib.Path(__file__).parent / "model.onnx").read_bytes())
+meta = model.get_modelmeta().custom_metadata_map
+classes, (height, width) = json.loads(meta["classes"]), json.loads(meta["preprocess"])["size"]
+mode = "L" if json.loads(meta["preprocess"])["channels"] == 1 else "RGB"
+for path in sys.argv[1:]:
+    picture = ImageOps.exif_transpose(Image.open(path)).convert(mode).resize((width, height), Image.Resampling.BILINEAR)
+    p = model.run(None, {"image": np.asarray(picture).reshape(1, height, width, -1)})[0][0]
+    print(path, classes[p.argmax()], f"{p.max():.3f}")
+'''
+
+
+def write_network(folder: Path, net: Net, name: str, preprocess: Preprocess, classes: tuple[str, ...]) -> None:
+    """Writes model.safetensors and config.json, in the keys that timm reads."""
+    write_atomically(folder / "model.safetensors", net_bytes(net))
+    size = [preprocess.channels, *preprocess.size]
+    config = {
+        "architecture": name,
+        "num_classes": len(classes),
+        "label_names": list(classes),
+        "pretrained_cfg": {
+            "input_size": size,
+            "mean": [round(m / 255, 6) for m in preprocess.mean],
+            "std": [round(s / 255, 6) for s in preprocess.std],
+            "interpolation": "bilinear",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+        },
+        "preprocess": preprocess.to_json(),
+        "spec": net.spec.to_json() if net.spec else None,
+        "flyweight": __version__,
+    }
+    write_json(folder / "config.json", config)
+
+
+def write_model(folder: Path, model: bytes, precision: str) -> dict[str, Any]:
+    """Writes model.onnx and predict.py; the `shipped` entry of result.json."""
+    write_atomically(folder / "model.onnx", model)
+    write_atomically(folder / "predict.py", PREDICT.encode())
+    digest = hashlib.sha256(model).hexdigest()
+    return {"file": "model.onnx", "format": precision, "size_bytes": len(model), "sha256": digest}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes one JSON object, indented."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_card(folder: Path, result: Mapping[str, Any]) -> None:
+    """Writes MODEL_CARD.md from the result."""
+    data, test, latency = result["data"], result["test"], result["latency_ms"]
+    low, high = (f"{100 * v:.1f}" for v in test["ci95"])
+    clean = result.get("test_clean")
+    leaked = (
+        f"- Without the {clean['duplicates']} test images that repeat a training image: {100 * clean['top1']:.1f} % "
+        f"of {clean['n']}\n"
+        if clean
+        else ""
+    )
+    limits = "".join(
+        f"- {b['name']} {b['op']} {b['limit']:g}: measured {b['measured']:g}, {'met' if b['met'] else 'not met'}\n"
+        for b in result["budget"]
+    )
+    names = ", ".join(data["classes"][:30]) + (" …" if len(data["classes"]) > 30 else "")
+    text = f"""# {result["winner"]["name"]}, {result["shipped"]["format"]}
+
+An image classifier for {len(data["classes"])} classes ({names}), made by Flyweight {result["version"]}.
+
+## Use
+`model.onnx` takes `image`, uint8 [N, H, W, {data["channels"]}], and gives `probabilities`, float32 [N, {len(data["classes"])}];
+`predict.py` shows the whole of it. The pictures must look like those it was trained on; a picture of anything else still
+gets one of these classes. Budget ({result["status"]}):
+
+{limits}
+## Data
+{data["name"]}: {data["train"]} pictures to train, {data["validation"]} to choose, {data["test"]} to test.
+Licence of the data: {data["licence"]}
+
+## Accuracy and speed
+- Test: {100 * test["top1"]:.1f} % of {test["n"]} (95 % interval {low} to {high}), scored once, by the shipped file
+{leaked}- One picture: {latency["p50"]:.3g} ms (median of {latency["n"]}, {latency["threads"]} thread(s), {latency["engine"]})
+- File: {result["shipped"]["size_bytes"]} bytes; parameters {result["winner"]["params"]}; multiply-accumulates {result["winner"]["macs"]}
+
+## Training
+From random weights, so no licence of inherited weights applies. Seed {result["seed"]}; the whole job took
+{result["seconds"]["total"]:.0f} s. Details: `report.html`, `records.jsonl`.
+"""
+    write_atomically(folder / "MODEL_CARD.md", text.encode())

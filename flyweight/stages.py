@@ -1,0 +1,409 @@
+"""The stages of the main job. Each reads what earlier ones recorded, so that an interrupted job goes on where it was."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from flyweight import __version__
+from flyweight.bench.engines import onnxruntime as engine
+from flyweight.bench.environment import environment
+from flyweight.bench.measure import latencies, latency
+from flyweight.compress.precision import FLOAT, Variant, calibration_sample, choose
+from flyweight.costs import NetCost, cost
+from flyweight.create import build
+from flyweight.data import Source, Splits
+from flyweight.errors import FlyweightError
+from flyweight.export import int8, onnx
+from flyweight.export.verify import Parity, answers, compare, temperature, wilson
+from flyweight.job import Job, Stopwatch
+from flyweight.mistakes import worst_mistakes
+from flyweight.net import Net
+from flyweight.preprocess import Preprocess
+from flyweight.records import Records
+from flyweight.report import write_report
+from flyweight.search.budget import Budget
+from flyweight.search.space import Candidate, candidates, ranked
+from flyweight.search.strategy import Rung, halve, plan
+from flyweight.search.survey import cost_all, judge, measure
+from flyweight.ship import write_card, write_json, write_model, write_network
+from flyweight.train.loop import Clock, Diverged, Training, logits, train
+from flyweight.train.platform import cores
+from flyweight.train.recipe import recipe_for
+
+# Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
+# final training has the rest.
+MEASURE_SHARE, TRIAL_SHARE = 0.08, 0.2
+# A candidate suits the time if its final training sees every picture about this often; a first trial is a quarter epoch.
+EPOCHS_WANTED, TRIAL_EPOCHS, SHORTEST_TRIAL = 12.0, 0.25, 3.0
+# Forward multiply-accumulates a second and core that training reaches on a current CPU: only the order of trying, and so
+# nothing that is reported, depends on it.
+TRAINING_MACS = 12e9
+MISTAKES = 24
+# Pictures that place int8 ranges of untrained networks, and that give the mean and deviation of pixels.
+CALIBRATION, STATISTICS = 8, 2000
+# Seconds a precision is measured for when they compete, and the shipped file in the end; candidates nearest to the budget
+# that are measured where none meets it.
+RACE_SECONDS, FINAL_SECONDS, NEAREST = 0.6, 2.0, 5
+FINAL = "state/final.safetensors"
+
+
+@dataclass
+class Work:
+    """What the stages of one job share."""
+
+    folder: Path
+    job: Job
+    budget: Budget
+    source: Source
+    splits: Splits
+    records: Records
+    watch: Stopwatch
+
+    @property
+    def left(self) -> float:
+        """Seconds of the time given that remain."""
+        return self.job.seconds - self.watch.elapsed
+
+
+def ideal_macs(seconds: float, images: int) -> float:
+    """The multiply-accumulates of a network whose training in `seconds` sees each of `images` often enough."""
+    return TRAINING_MACS * cores() * seconds * (1 - MEASURE_SHARE - TRIAL_SHARE) / (images * EPOCHS_WANTED)
+
+
+def reserve(seconds: float, scored: int) -> float:
+    """Seconds to set aside for compressing, verifying and reporting a job that scores `scored` pictures in the end."""
+    return min(0.4 * seconds, 8 + 0.02 * seconds + scored * 0.0015)
+
+
+def rungs(count: int, seconds: float) -> list[Rung]:
+    """The trials for `count` candidates in a job of `seconds`."""
+    final = seconds * (1 - MEASURE_SHARE - TRIAL_SHARE)
+    return plan(count, seconds * TRIAL_SHARE, max(SHORTEST_TRIAL, final * TRIAL_EPOCHS / EPOCHS_WANTED))
+
+
+def introduce(work: Work) -> None:
+    """Records the job, the data and the machine."""
+    if work.records.find("job") is None:
+        job = work.job
+        work.records.write(
+            "job",
+            source=job.source,
+            budget=str(work.budget),
+            time=job.seconds,
+            threads=job.threads,
+            seed=job.seed,
+            version=job.version,
+            command=job.command,
+        )
+        work.records.write("data", **data_summary(work))
+    else:
+        work.records.say(f"going on after {work.watch.elapsed:.0f} s")
+    write_json(work.folder / "environment.json", environment(work.job.threads))
+    work.watch.ends("data")
+
+
+def data_summary(work: Work) -> dict[str, Any]:
+    """As in result.json."""
+    source, splits = work.source, work.splits
+    return {
+        "source": work.job.source,
+        "name": source.name,
+        "classes": list(source.classes),
+        "channels": source.channels,
+        "train": len(splits.train),
+        "validation": len(splits.validation),
+        "test": len(splits.test),
+        "licence": source.licence,
+        "notes": list(splits.notes),
+    }
+
+
+def survey_candidates(work: Work) -> list[Candidate]:
+    """All candidates with exact costs, those that can meet the budget measured, the others dropped with the reason."""
+    splits = work.splits
+    pool = candidates(splits.train.sizes, splits.train.channels, len(splits.train.classes))
+    cost_all(pool, work.budget)
+    known = {record["name"] for record in work.records.all("candidate")}
+    dropped = [candidate for candidate in pool if candidate.status == "dropped"]
+    for candidate in dropped:
+        if candidate.name not in known:
+            work.records.write("candidate", **candidate.to_json())
+    work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
+    order = ranked(
+        [candidate for candidate in pool if candidate.status != "dropped"], ideal_macs(work.job.seconds, len(splits.train))
+    )
+    begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
+    for candidate in order:
+        if work.watch.elapsed - begun > share:
+            candidate.why = "there was no time to measure it"
+        else:
+            _measure(work, candidate)
+            work.records.progress("measuring candidates", (work.watch.elapsed - begun) / share)
+    work.watch.ends("search")
+    return pool
+
+
+def _measure(work: Work, candidate: Candidate) -> None:
+    """Measures and judges one candidate, unless the records already hold it."""
+    record = work.records.find("candidate", name=candidate.name)
+    if record is not None and record["latency_ms"] is not None:
+        candidate.recall(record)
+        return
+    train_split = work.splits.train
+    pictures = train_split.batch(candidate.spec.input[1], calibration_sample(len(train_split), work.job.seed, CALIBRATION))
+    measure(candidate, train_split.classes, pictures, work.job.threads)
+    judge(candidate, work.budget)
+    work.records.write("candidate", **candidate.to_json())
+
+
+def _nearest(work: Work, pool: list[Candidate]) -> Candidate:
+    """The candidate that misses the budget by the least, where none meets it."""
+    by_cost = sorted(pool, key=lambda candidate: work.budget.excess(candidate.measured()))
+    for candidate in by_cost[:NEAREST]:
+        if candidate.latency_ms is None and candidate.cost is not None:
+            _measure(work, candidate)
+    measured = [candidate for candidate in pool if candidate.latency_ms is not None]
+    nearest = min(measured, key=lambda candidate: work.budget.excess(candidate.measured()))
+    excess = work.budget.excess(nearest.measured())
+    work.records.say(f"no candidate meets the budget; {nearest.name} misses it by the least ({100 * excess:.0f} %)")
+    return nearest
+
+
+def race(work: Work, pool: list[Candidate]) -> Candidate:
+    """The candidate to train: the best of the trials, or the nearest where none can meet the budget."""
+    chosen = work.records.find("winner")
+    if chosen is not None:
+        return next(candidate for candidate in pool if candidate.name == chosen["name"])
+    entrants = [candidate for candidate in pool if candidate.status != "dropped" and candidate.latency_ms is not None]
+    entrants = ranked(entrants, ideal_macs(work.job.seconds, len(work.splits.train)))
+    if not entrants:
+        winner = _nearest(work, pool)
+    else:
+        trials = rungs(len(entrants), work.job.seconds)
+        for candidate in entrants[trials[0].candidates if trials else 1 :]:
+            candidate.why = "there was no time to try it"
+        winner = halve(entrants, trials, lambda candidate, rung, seconds: _trial(work, candidate, rung, seconds))[0]
+    _tell_losers(pool, winner)
+    scored = len(work.splits.validation) * 6 + len(work.splits.test)
+    seconds = max(0.3 * work.left, work.left - reserve(work.job.seconds, scored))
+    work.records.write("winner", name=winner.name, seconds=round(seconds, 1))
+    work.watch.ends("search")
+    return winner
+
+
+def _tell_losers(pool: list[Candidate], winner: Candidate) -> None:
+    winner.status, winner.why = "winner", winner.why if winner.status == "dropped" else "best in its trials"
+    for candidate in pool:
+        if candidate.status == "tried" and candidate.val_top1 is not None:
+            candidate.why = candidate.why or f"beaten in a trial of {candidate.epochs:.2g} epochs"
+
+
+def _trial(work: Work, candidate: Candidate, rung: int, seconds: float) -> float | None:
+    """The validation accuracy of a short training; None where its loss diverges."""
+    record = work.records.find("trial", name=candidate.name, rung=rung)
+    if record is None:
+        net, preprocess = start(work, candidate)
+        try:
+            trained = train(_training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds)))
+            found = {"seconds": round(trained.seconds, 2), "epochs": trained.epochs, "val_top1": trained.accuracy}
+        except Diverged as error:
+            work.records.say(f"{candidate.name} is out: {error}")
+            found = {"seconds": round(seconds, 2), "epochs": None, "val_top1": None}
+        record = work.records.write("trial", name=candidate.name, rung=rung, **found)
+    candidate.status, candidate.val_top1, candidate.epochs = "tried", record["val_top1"], record["epochs"]
+    if candidate.val_top1 is None:
+        candidate.why = "its loss diverged"
+    return candidate.val_top1
+
+
+def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:
+    """A freshly initialised network, always the same for one seed, and its preprocessing."""
+    torch.manual_seed(work.job.seed)
+    train_split, size = work.splits.train, candidate.spec.input[1]
+    sample = train_split.batch(size, calibration_sample(len(train_split), work.job.seed, STATISTICS))
+    return build(candidate.spec), Preprocess.of(sample)
+
+
+def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess, stage: str, clock: Clock) -> Training:
+    def emit(values: dict[str, Any]) -> None:
+        work.records.write("epoch", stage=stage, name=candidate.name, **values)
+
+    def progress(share: float) -> None:
+        work.records.progress(f"{'training' if stage == 'final' else 'trying'} {candidate.name}", share)
+
+    return Training(
+        net=net,
+        data=work.splits.train,
+        validation=work.splits.validation,
+        preprocess=preprocess,
+        recipe=recipe_for(candidate.spec.input[1]),
+        clock=clock,
+        seed=work.job.seed,
+        emit=emit,
+        progress=progress,
+    )
+
+
+def train_winner(work: Work, winner: Candidate) -> tuple[Net, Preprocess]:
+    """The final training, in the time recorded for it; a diverging loss starts it again at half the learning rate."""
+    record = work.records.find("winner")
+    assert record is not None
+    seconds, halvings = float(record["seconds"]), 0
+    while True:
+        net, preprocess = start(work, winner)
+        job = _training(work, winner, net, preprocess, "final", Clock(seconds=seconds))
+        job.checkpoint = work.folder / FINAL
+        job.recipe = replace(job.recipe, learning_rate=job.recipe.learning_rate / 2**halvings)
+        try:
+            trained = train(job)
+            break
+        except Diverged as error:
+            halvings += 1
+            if halvings > 3:
+                raise FlyweightError(f"training {winner.name} does not converge at any learning rate tried: {error}") from error
+            job.checkpoint.unlink(missing_ok=True)
+            seconds = max(0.3 * seconds, seconds - job.clock.spent)
+            work.records.say(f"{error}; starting again at half the rate")
+    winner.val_top1, winner.epochs = trained.accuracy, trained.epochs
+    work.watch.ends("train")
+    return net, preprocess
+
+
+def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Variant, NetCost]:
+    """The exported winner in the precision that ships, after measuring all of them."""
+    splits, classes = work.splits, work.splits.train.classes
+    outputs = logits(net, splits.validation, preprocess).numpy()
+    model = onnx.export(net, preprocess, classes, temperature(outputs, splits.validation.labels))
+    pictures = splits.train.batch(preprocess.size[0], calibration_sample(len(splits.train), work.job.seed))
+    models = {FLOAT: model}
+    for i, scheme in enumerate(int8.SCHEMES):
+        work.records.progress("quantising", i / len(int8.SCHEMES))
+        models[scheme.name] = int8.quantise(model, pictures, scheme)
+    files = {name: each.SerializeToString() for name, each in models.items()}
+    counted = cost(net)
+    speeds = latencies(list(files.values()), pictures[:1], work.job.threads, RACE_SECONDS)
+    variants = []
+    for (name, data), speed in zip(files.items(), speeds, strict=True):
+        run = engine.load(data, cores())
+        pixels = splits.validation.batch(preprocess.size[0])
+        answered = np.concatenate([run(pixels[i : i + 250]).argmax(axis=1) for i in range(0, len(pixels), 250)])
+        accuracy = float((answered == splits.validation.labels).mean())
+        measured = measures(counted, name, len(data), speed.p50, accuracy)
+        variants.append(Variant(name, data, speed, accuracy, measured, work.budget.excess(measured)))
+    shipped = choose(variants)
+    for variant in variants:
+        work.records.write("variant", **variant.to_json(variant is shipped))
+    work.watch.ends("compress")
+    return shipped, counted
+
+
+def measures(counted: NetCost, precision: str, size: int, milliseconds: float, accuracy: float) -> dict[str, float]:
+    """The values of an exported file under the names of budget limits."""
+    return {
+        "latency": milliseconds,
+        "size": size,
+        "memory": counted.memory_bytes(value_bytes(precision)),
+        "macs": counted.macs,
+        "params": counted.params,
+        "accuracy": accuracy,
+    }
+
+
+def value_bytes(precision: str) -> int:
+    """Bytes of one weight or activation."""
+    return 4 if precision == FLOAT else 1
+
+
+def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Parity:
+    """The parity gate over all validation pictures, read anew from their sources."""
+    validation = work.splits.validation
+    reference = logits(net, validation, preprocess).argmax(dim=1).numpy()
+    exported = answers(engine.load(shipped.model, cores()), validation, preprocess).argmax(axis=1)
+    parity = compare(reference, exported, validation.labels, shipped.format == FLOAT)
+    work.records.write("parity", **parity.to_json())
+    work.watch.ends("verify")
+    return parity
+
+
+def finish(work: Work, pool: list[Candidate], winner: Candidate, net: Net, preprocess: Preprocess, shipped: Variant, counted: NetCost) -> None:
+    """Scores the test pictures once, with the shipped file alone; writes what the run leaves."""
+    entry = write_model(work.folder, shipped.model, shipped.format)
+    write_network(work.folder, net, winner.name, preprocess, work.splits.train.classes)
+    tested = _test(work, preprocess, shipped)
+    work.watch.ends("verify")
+    _record_layers(work, counted, shipped.format)
+    pixels = work.splits.validation.batch(preprocess.size[0], [0])
+    speed = latency(shipped.model, pixels, work.job.threads, FINAL_SECONDS)
+    measured = measures(counted, shipped.format, len(shipped.model), speed.p50, shipped.val_top1)
+    verdict = work.budget.check(measured)
+    work.watch.ends("compress")
+    result: dict[str, Any] = {
+        "version": __version__,
+        "status": "met" if all(line["met"] for line in verdict) else "not met",
+        "data": data_summary(work),
+        "winner": {"name": winner.name, "spec": winner.spec.to_json(), "params": counted.params, "macs": counted.macs},
+        "budget": verdict,
+        **tested,
+        "validation": {"top1": shipped.val_top1, "n": len(work.splits.validation)},
+        "latency_ms": speed.to_json(),
+        "shipped": entry,
+        "candidates": [candidate.to_json() for candidate in pool],
+        "seconds": {name: round(seconds, 2) for name, seconds in ({"total": work.watch.elapsed} | work.watch.stages).items()},
+        "time_limit": work.job.seconds,
+        "with_more_time": with_more_time(work, pool, winner),
+        "seed": work.job.seed,
+        "threads": work.job.threads,
+    }
+    write_card(work.folder, result)
+    write_json(work.folder / "result.json", result)
+    write_report(work.folder)
+
+
+def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any]:
+    """`test` and, where test pictures repeat training pictures, `test_clean`, as in result.json."""
+    test, leaked = work.splits.test, work.splits.leaked
+    probabilities = answers(engine.load(shipped.model, cores()), test, preprocess)
+    predicted = probabilities.argmax(axis=1)
+    right = predicted == test.labels
+    confusion = np.zeros((len(test.classes), len(test.classes)), int)
+    np.add.at(confusion, (test.labels, predicted), 1)
+    work.records.write("test", classes=list(test.classes), confusion=confusion.tolist(), top1=float(right.mean()), n=len(test))
+    for mistake in worst_mistakes(test, probabilities, MISTAKES):
+        work.records.write("mistake", **mistake)
+    found: dict[str, Any] = {"test": _score(right)}
+    if leaked.any():
+        found["test_clean"] = _score(right[~leaked]) | {"duplicates": int(leaked.sum())}
+    return found
+
+
+def _score(right: np.ndarray) -> dict[str, Any]:
+    return {"top1": float(right.mean()), "n": len(right), "ci95": list(wilson(int(right.sum()), len(right)))}
+
+
+def _record_layers(work: Work, counted: NetCost, precision: str) -> None:
+    for layer in counted.layers:
+        work.records.write(
+            "layer",
+            path=layer.path,
+            leaf=layer.leaf,
+            shape=list(layer.shape),
+            params=layer.params,
+            macs=layer.macs,
+            activation_bytes=layer.values * value_bytes(precision),
+        )
+
+
+def with_more_time(work: Work, pool: list[Candidate], winner: Candidate) -> str:
+    """One sentence on what twice the time would have bought."""
+    entrants = [candidate for candidate in pool if candidate.status != "dropped"]
+    tried = sum(candidate.status in ("tried", "winner") for candidate in entrants)
+    twice = rungs(len(entrants), 2 * work.job.seconds)
+    could = twice[0].candidates if twice else tried
+    trials = f"tried {could} candidates instead of {tried}" if could > tried else "tried the same candidates for longer"
+    return (
+        f"In {2 * work.job.seconds:g} s it would have {trials}, and trained the winner for about "
+        f"{2 * (winner.epochs or 0):.0f} epochs instead of {winner.epochs or 0:.0f}."
+    )
