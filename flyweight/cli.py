@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from flyweight import __version__
-from flyweight.errors import BudgetNotMet, FlyweightError, UsageError
+from flyweight.errors import BudgetNotMet, FlyweightError, Interrupted, UsageError
 
 app = typer.Typer(
     add_completion=False,
@@ -30,8 +30,8 @@ def main() -> None:
         app(standalone_mode=False)
     except typer.Exit as stop:
         sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
+    except (KeyboardInterrupt, typer.Abort) as stop:  # the option parser turns the first into the second
+        _fail(str(stop.__cause__ or stop) or "interrupted", Interrupted.exit_code)
     except FlyweightError as error:
         _fail(str(error), error.exit_code)
     except MemoryError:
@@ -109,10 +109,10 @@ def fit(
 
 
 def _missed(budget: Iterable[dict[str, Any]], folder: Path) -> str:
-    from flyweight.search.space import readable
+    from flyweight.units import budget_value
 
     missed = [
-        f"{line['name']} is {readable(line['name'], line['measured'])} instead of {readable(line['name'], line['limit'])} "
+        f"{line['name']} is {budget_value(line['name'], line['measured'])} instead of {budget_value(line['name'], line['limit'])} "
         f"({100 * abs(line['measured'] / line['limit'] - 1):.0f} % short)"
         for line in budget
         if not line["met"]

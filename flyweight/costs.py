@@ -45,6 +45,7 @@ MACS: dict[type[nn.Module], MacRule] = {
     ops.Cat: _none,
     ops.ChannelShuffle: _none,
     ops.GlobalAvgPool: _none,
+    ops.GlobalMaxPool: _none,
 }
 # These write over their input, or vanish when the network is deployed: no memory of their own.
 IN_PLACE = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Identity, nn.Dropout)

@@ -17,7 +17,7 @@ def spec_of(name: str, size: int | tuple[int, int] | None = None, **args: Any) -
     """The Spec of a named model with further arguments of its family.
 
     `size` is the input's height and width, by default 32 for the small-picture forms and 224 for the others. Raises
-    UsageError for an unknown name.
+    UsageError for an unknown name or an impossible size.
     """
     variants = zoo.variants()
     if name not in variants:
@@ -25,8 +25,11 @@ def spec_of(name: str, size: int | tuple[int, int] | None = None, **args: Any) -
         raise UsageError(f"there is no model {name!r}; the nearest names: {', '.join(near[:12])}")
     family, own = variants[name]
     merged = {**own, **args}
-    size = size or (32 if merged.get("stem") == "cifar" else 224)
+    if size is None:
+        size = 32 if merged.get("stem") == "cifar" else 224
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise UsageError(f"{name} cannot take pictures of {height} x {width} pixels")
     return Spec(family, merged, (int(merged.get("in_chans", 3)), height, width))
 
 

@@ -29,3 +29,9 @@ class ParityError(FlyweightError):
     """The exported file does not answer as the trained network does."""
 
     exit_code = 5
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM during a job; the message says how to go on."""
+
+    exit_code = 130

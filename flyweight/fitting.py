@@ -1,6 +1,7 @@
 """The main job: from labelled pictures and a budget to the classifier that ships."""
 
 import errno
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from pathlib import Path
 
 from flyweight import __version__, stages
 from flyweight.data import Source, Splits, open_source, prepare
-from flyweight.errors import FlyweightError, ParityError, UsageError
+from flyweight.errors import FlyweightError, Interrupted, ParityError, UsageError
 from flyweight.job import Job, Stopwatch, check_free, load_job, new_folder, save_job
 from flyweight.records import Listener, Records, read_records
 from flyweight.run import Run
@@ -87,12 +88,13 @@ def outlook(data: str | Path, budget: str | Sequence[str], time: str | float = "
 
 
 def _job(data: str | Path, budget: str | Sequence[str], time: str | float, threads: int, seed: int, skip_corrupt: bool) -> Job:
-    limits = Budget.parse(budget)
+    text = budget if isinstance(budget, str) else ", ".join(budget)
+    Budget.parse(text)  # a bad budget is told before anything is opened
     if not 1 <= threads <= cores():
         raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
-    text = budget if isinstance(budget, str) else ", ".join(budget)
     seconds = parse_time(time)
-    command = f'flyweight fit {data} --budget "{limits}" --time {seconds:g}s --threads {threads} --seed {seed}'
+    words = ["flyweight", "fit", str(data), "--budget", text, "--time", f"{seconds:g}s", "--threads", str(threads), "--seed", str(seed)]
+    command = shlex.join(words + ["--skip-corrupt"] * skip_corrupt)
     return Job(str(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
 
 def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:
@@ -116,6 +118,8 @@ def _guarded(folder: Path, job: Job, source: Source, splits: Splits, watch: Stop
     try:
         records = Records(folder, lambda: watch.elapsed, listener)
         return _carry_out(stages.Work(folder, job, Budget.parse(job.budget), source, splits, records, watch))
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; go on with: flyweight fit --resume {shlex.quote(str(folder))}") from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise

@@ -56,7 +56,9 @@ def initialise(net: nn.Module) -> None:
     """Kaiming-normal convolutions over their outputs, unit norms, zero biases (He et al., arXiv:1502.01852)."""
     for leaf in net.modules():
         if isinstance(leaf, nn.Conv2d):
-            nn.init.kaiming_normal_(leaf.weight, mode="fan_out", nonlinearity="relu")
+            # torch's own fan ignores groups, which would draw depthwise kernels far too small.
+            fan_out = leaf.kernel_size[0] * leaf.kernel_size[1] * leaf.out_channels // leaf.groups
+            nn.init.normal_(leaf.weight, std=(2 / fan_out) ** 0.5)
         elif isinstance(leaf, nn.Linear):
             nn.init.normal_(leaf.weight, std=0.01)
         if isinstance(leaf, nn.Conv2d | nn.Linear) and leaf.bias is not None:

@@ -374,7 +374,7 @@ def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any
     for mistake in worst_mistakes(test, probabilities, MISTAKES):
         work.records.write("mistake", **mistake)
     found: dict[str, Any] = {"test": _score(right)}
-    if leaked.any():
+    if leaked.any() and not leaked.all():
         found["test_clean"] = _score(right[~leaked]) | {"duplicates": int(leaked.sum())}
     return found
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from flyweight.report.format import human_bytes, human_count, human_ms, percent
+from flyweight.units import budget_value, human_bytes, human_ms, percent
 
 if TYPE_CHECKING:
     from flyweight.costs import NetCost
@@ -111,7 +111,7 @@ def show_result(run: "Run", as_json: bool) -> None:
     console.print(f"\n{escape(result['winner']['name'])}, {result['shipped']['format']}: budget {result['status']}")
     for line in result["budget"]:
         mark = "met" if line["met"] else "NOT MET"
-        console.print(f"  {line['name']} {line['op']} {_value(line, 'limit')}: {_value(line, 'measured')} ({mark})")
+        console.print(f"  {line['name']} {line['op']} {budget_value(line['name'], line['limit'])}: {budget_value(line['name'], line['measured'])} ({mark})")
     console.print(f"  test: {percent(test['top1'])} of {test['n']} ({percent(low)} to {percent(high)})")
     if clean:
         repeated = f"without {clean['duplicates']} that repeat training pictures"
@@ -119,11 +119,6 @@ def show_result(run: "Run", as_json: bool) -> None:
     console.print(f"  {escape(result['with_more_time'])}")
     console.print(f"model:  {escape(str(run.folder / result['shipped']['file']))}")
     console.print(f"report: {escape(str(run.folder / 'report.html'))}")
-
-
-def _value(line: Mapping[str, Any], key: str) -> str:
-    shown = {"latency": human_ms, "size": human_bytes, "memory": human_bytes, "accuracy": percent}
-    return shown.get(line["name"], human_count)(line[key])
 
 
 def show_outlook(outlook: "Outlook", as_json: bool) -> None:

@@ -112,6 +112,7 @@ RULES: dict[type[nn.Module], Rule] = {
     ops.Cat: lambda w, leaf, node, inputs: w.add("Concat", *inputs, axis=1),
     ops.ChannelShuffle: _shuffle,
     ops.GlobalAvgPool: lambda w, leaf, node, inputs: w.add("Flatten", w.add("GlobalAveragePool", *inputs)),
+    ops.GlobalMaxPool: lambda w, leaf, node, inputs: w.add("Flatten", w.add("GlobalMaxPool", *inputs)),
 }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flyweight.errors import UsageError
+from flyweight.units import budget_value
 
 GRAMMAR = """a budget is a list of limits such as "latency<=2ms, size<=500KB":
   latency<=2ms      one picture, median, in ONNX Runtime on this machine (us, ms, s)
@@ -50,8 +51,7 @@ class Limit:
         return max(0.0, over / self.value)
 
     def __str__(self) -> str:
-        unit, factor = {"latency": ("ms", 1.0), "accuracy": ("%", 0.01)}.get(self.name, ("", 1.0))
-        return f"{self.name}{self.op}{self.value / factor:g}{unit}"
+        return f"{self.name}{self.op}{budget_value(self.name, self.value)}"
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from flyweight.create import spec_of
 from flyweight.errors import FlyweightError
 from flyweight.net import Spec
 from flyweight.search.budget import Budget
+from flyweight.units import budget_value
 
 # Up to this side, networks start with a stem that keeps the size; their original stems would leave nothing to see.
 SMALL = 48
 PHOTO_SIZES = (64, 96, 128, 160, 192, 224)
-# What an int8 file holds beside one byte for each weight: scales, names and nodes, at the very least.
-INT8_BYTES = 1.0
 
 
 @dataclass
@@ -108,7 +107,7 @@ def screen(candidate: Candidate, budget: Budget) -> None:
     if candidate.cost is None:
         return
     measured = candidate.measured()
-    measured.setdefault("size", int(candidate.cost.weight_values * INT8_BYTES))
+    measured.setdefault("size", candidate.cost.weight_values)  # int8: a byte a weight, before scales, names and nodes
     broken = budget.broken(measured)
     if broken:
         candidate.drop(", ".join(shortfall(limit.name, measured[limit.name], limit.value) for limit in broken))
@@ -116,20 +115,7 @@ def screen(candidate: Candidate, budget: Budget) -> None:
 
 def shortfall(name: str, measured: float, limit: float) -> str:
     """Why a limit is broken, in words with numbers."""
-    return f"{name} {readable(name, measured)} is over {readable(name, limit)}"
-
-
-def readable(name: str, value: float) -> str:
-    """A budget value in the units that people use."""
-    if name == "latency":
-        return f"{value:.3g} ms"
-    if name == "accuracy":
-        return f"{100 * value:.2f} %"
-    unit = "B" if name in ("size", "memory") else ""
-    for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k" if not unit else "K")):
-        if value >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}".strip()
-    return f"{value:g} {unit}".strip()
+    return f"{name} {budget_value(name, measured)} is over {budget_value(name, limit)}"
 
 
 def ranked(pool: Sequence[Candidate], ideal_macs: float) -> list[Candidate]:

@@ -9,7 +9,8 @@ from flyweight.create import build
 from flyweight.export import int8, onnx
 from flyweight.preprocess import Preprocess
 from flyweight.search.budget import Budget
-from flyweight.search.space import Candidate, estimate_cost, readable, screen, shortfall
+from flyweight.search.space import Candidate, estimate_cost, screen, shortfall
+from flyweight.units import budget_value
 
 # Enough pictures to place the ranges; these networks are untrained, and only their speed and size are wanted.
 CALIBRATION = 8
@@ -45,5 +46,5 @@ def judge(candidate: Candidate, budget: Budget) -> None:
     if broken:
         candidate.drop(", ".join(shortfall(each.name, known[each.name], each.value) for each in broken))
     elif limit and candidate.latency_ms and candidate.latency_ms > limit.value * LATENCY_MARGIN:
-        shown = readable("latency", candidate.latency_ms), readable("latency", limit.value)
+        shown = budget_value("latency", candidate.latency_ms), budget_value("latency", limit.value)
         candidate.drop(f"latency {shown[0]} is too close to {shown[1]}: measurements vary by about 5 %")

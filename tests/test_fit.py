@@ -1,0 +1,277 @@
+"""The main job end to end on real pictures: what it leaves, what stops it, and how it goes on after a kill."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+import flyweight
+from flyweight import stages
+from flyweight.data import open_source
+from flyweight.errors import DataError, ParityError, UsageError
+from flyweight.records import read_records
+from flyweight.weights import load_net
+
+FORMATS = ("png", "jpg", "webp", "bmp", "gif")
+BUDGET = "latency<=20ms, size<=200KB"
+
+
+def photos(place: Path, per_class: int = 24) -> Path:
+    """A folder of class folders: pictures of three garments in five formats and many sizes, some grey, most tinted."""
+    source = open_source("demo")
+    assert isinstance(source.images, np.ndarray)
+    rng = np.random.default_rng(0)
+    for label, name in ((1, "trousers"), (8, "bags & more"), (9, "<boots>")):
+        (place / name).mkdir(parents=True)
+        for i, index in enumerate(np.flatnonzero(source.labels == label)[:per_class]):
+            grey = source.images[index, :, :, 0]
+            colour = np.stack([grey, grey // 2, 255 - grey], axis=-1) if i % 3 else grey
+            width, height = (int(side) for side in rng.integers(64, 120, 2))
+            Image.fromarray(colour).resize((width, height)).save(place / name / f"{i}.{FORMATS[i % len(FORMATS)]}")
+    return place
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLYWEIGHT_CACHE", str(tmp_path / "cache"))
+
+
+def command(*words: str | Path) -> list[str]:
+    return [sys.executable, "-m", "flyweight", *map(str, words)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[flyweight.Run, Path]:
+    """A finished run on a folder of pictures of different sizes and formats."""
+    place = tmp_path_factory.mktemp("job")
+    data = photos(place / "photos")
+    before = digests(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FLYWEIGHT_CACHE", str(place / "cache"))
+        run = flyweight.fit(data, BUDGET, time="16s", out=place / "run")
+    assert digests(data) == before, "the user's files are only read"
+    return run, data
+
+
+def test_it_leaves_what_is_documented(finished: tuple[flyweight.Run, Path]) -> None:
+    run, _ = finished
+    left = {path.name for path in run.folder.iterdir()}
+    documented = (Path(__file__).parents[1] / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    assert left == {
+        "model.onnx", "model.safetensors", "config.json", "predict.py", "result.json", "records.jsonl", "report.html",
+        "environment.json", "MODEL_CARD.md", "run.json",
+    }  # fmt: skip
+    assert all(f"`{name}`" in documented for name in left)
+    for kind in {record["kind"] for record in read_records(run.folder / "records.jsonl")}:
+        assert f"| `{kind}` |" in documented
+
+
+def test_the_result_is_complete_and_consistent(finished: tuple[flyweight.Run, Path]) -> None:
+    run, data = finished
+    result = run.result
+    shipped = run.folder / result["shipped"]["file"]
+    assert result["shipped"]["size_bytes"] == shipped.stat().st_size
+    assert result["shipped"]["sha256"] == hashlib.sha256(shipped.read_bytes()).hexdigest()
+    assert [line["name"] for line in result["budget"]] == ["latency", "size"]
+    assert result["budget"][1]["measured"] == shipped.stat().st_size
+    assert (result["status"] == "met") == all(line["met"] for line in result["budget"]) == run.met
+    counts = {split: result["data"][split] for split in ("train", "validation", "test")}
+    assert sum(counts.values()) == sum(path.is_file() for path in data.rglob("*"))
+    assert result["test"]["n"] == counts["test"]
+    assert result["test"]["ci95"][0] <= result["test"]["top1"] <= result["test"]["ci95"][1]
+    assert result["test"]["top1"] > 0.5  # three easy classes; chance is 0.33
+    assert sum(result["seconds"][stage] for stage in ("data", "search", "train", "compress", "verify")) == pytest.approx(
+        result["seconds"]["total"], rel=0.1
+    )
+    winners = [candidate for candidate in result["candidates"] if candidate["status"] == "winner"]
+    assert [winner["name"] for winner in winners] == [result["winner"]["name"]]
+    assert all(candidate["why"] for candidate in result["candidates"]), "each says why"
+    tested = next(record for record in read_records(run.folder / "records.jsonl") if record["kind"] == "test")
+    confusion = np.array(tested["confusion"])
+    assert confusion.sum() == result["test"]["n"]
+    assert np.trace(confusion) == round(result["test"]["top1"] * result["test"]["n"])
+
+
+def test_it_ends_in_time(finished: tuple[flyweight.Run, Path]) -> None:
+    result = finished[0].result
+    assert result["seconds"]["total"] <= 2 * result["time_limit"], "a hang, not a slow machine, is what this notices"
+
+
+def test_what_ships_is_what_was_trained(finished: tuple[flyweight.Run, Path]) -> None:
+    run, _ = finished
+    onnx.checker.check_model(onnx.load_model_from_string((run.folder / "model.onnx").read_bytes()), full_check=True)
+    net = load_net(run.folder / "model.safetensors")
+    assert net.spec is not None
+    assert net.spec.to_json() == run.result["winner"]["spec"]
+    config = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))
+    assert config["label_names"] == run.result["data"]["classes"] == list(run.classifier.classes)
+
+
+def test_every_way_to_predict_answers_the_same(finished: tuple[flyweight.Run, Path]) -> None:
+    run, data = finished
+    pictures = sorted(path for path in data.rglob("*") if path.is_file())[::5]
+    assert len({path.suffix for path in pictures}) > 1
+    answers = run.predict(pictures)
+    assert flyweight.load(run.folder).predict([Image.open(path) for path in pictures]) == answers
+    np.testing.assert_allclose(run.predict_proba(pictures).sum(axis=1), 1, atol=1e-5)
+    alone = subprocess.run(
+        [sys.executable, "-I", run.folder / "predict.py", *pictures], capture_output=True, text=True, check=True
+    )
+    assert [line.removeprefix(f"{path} ").rsplit(" ", 1)[0] for path, line in zip(pictures, alone.stdout.splitlines(), strict=True)] == answers
+    spoken = subprocess.run(command("predict", run.folder, *pictures, "--json"), capture_output=True, text=True, check=True)
+    assert [row["top"][0]["class"] for row in json.loads(spoken.stdout)] == answers
+
+
+def test_the_report_names_the_classes_safely(finished: tuple[flyweight.Run, Path]) -> None:
+    page = (finished[0].folder / "report.html").read_text(encoding="utf-8")
+    assert "&lt;boots&gt;" in page
+    assert "<boots>" not in page
+
+
+def test_a_finished_run_is_opened_not_repeated(finished: tuple[flyweight.Run, Path]) -> None:
+    run, data = finished
+    before = digests(run.folder)
+    assert flyweight.resume(run.folder).result == run.result
+    with pytest.raises(UsageError, match="already holds a run"):
+        flyweight.fit(data, BUDGET, time="10s", out=run.folder)
+    assert digests(run.folder) == before
+
+
+def test_a_budget_that_nothing_meets_ships_the_nearest(tmp_path: Path) -> None:
+    done = subprocess.run(
+        command("fit", "demo", "--budget", "size<=9KB", "--time", "10s", "--out", tmp_path / "run"), capture_output=True, text=True
+    )
+    assert done.returncode == 3, done.stderr
+    assert "size is" in done.stderr.splitlines()[-1]
+    result = json.loads((tmp_path / "run" / "result.json").read_text(encoding="utf-8"))
+    assert result["status"] == "not met"
+    nearest = min(result["candidates"], key=lambda candidate: candidate["size_bytes"] or float("inf"))
+    assert result["winner"]["name"] == nearest["name"]
+    assert (tmp_path / "run" / "model.onnx").exists()
+
+
+def test_damaged_pictures_are_refused_before_anything_is_made(tmp_path: Path) -> None:
+    data = photos(tmp_path / "photos", per_class=12)
+    whole = data / "trousers" / "1.jpg"
+    whole.write_bytes(whole.read_bytes()[:200])
+    before = digests(data)
+    with pytest.raises(DataError, match=r"1\.jpg .*--skip-corrupt"):
+        flyweight.fit(data, BUDGET, time="10s", out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    done = subprocess.run(command("fit", data, "--budget", BUDGET, "--out", tmp_path / "run"), capture_output=True, text=True)
+    assert (done.returncode, "1.jpg" in done.stderr, "Traceback" in done.stderr) == (4, True, False)
+    run = flyweight.fit(data, BUDGET, time="8s", out=tmp_path / "run", skip_corrupt=True)
+    assert any("1.jpg" in note for note in run.result["data"]["notes"])
+    assert digests(data) == before
+
+
+def wait_for(folder: Path, kind: str, process: subprocess.Popen[str], **values: object) -> None:
+    """Until the run has such a record."""
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[1]
+        if any(r["kind"] == kind and all(r[k] == v for k, v in values.items()) for r in read_records(folder / "records.jsonl")):
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no {kind} record in time")
+
+
+@pytest.mark.parametrize(
+    ("how", "when"),
+    [
+        (signal.SIGKILL, ("candidate", {})),
+        (signal.SIGKILL, ("epoch", {"stage": "final"})),
+        (signal.SIGINT, ("epoch", {"stage": "final"})),
+        (signal.SIGTERM, ("trial", {"rung": 0})),
+    ],
+)
+def test_stopped_it_goes_on(how: signal.Signals, when: tuple[str, dict[str, object]], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    words = command("fit", "demo", "--budget", "size<=200KB", "--time", "40s", "--out", folder)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(folder, when[0], process, **when[1])
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (-signal.SIGKILL if how == signal.SIGKILL else 130)
+    assert "Traceback" not in errors
+    if how != signal.SIGKILL:
+        assert f"--resume {folder}" in errors
+    before = read_records(folder / "records.jsonl")
+    spent = max(record["at"] for record in before)
+    done = subprocess.run(command("fit", "--resume", folder), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    after = read_records(folder / "records.jsonl")
+    assert after[: len(before)] == before, "no record is lost"
+    for kind in ("trial", "winner", "job", "data"):
+        made = [(r["kind"], r.get("name"), r.get("rung")) for r in after if r["kind"] == kind]
+        assert len(made) == len(set(made)), "none is made twice"
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert spent <= result["seconds"]["total"]
+    assert not (folder / "state").exists()
+
+
+def test_a_full_disk_gets_one_sentence(tmp_path: Path) -> None:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    done = subprocess.run(
+        command("fit", "demo", "--budget", "size<=200KB", "--time", "12s", "--out", tmp_path / "run"),
+        capture_output=True, text=True, preexec_fn=small_files,
+    )  # fmt: skip
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "cannot be written" in last
+    assert "--resume" in last
+    assert "Traceback" not in done.stderr
+
+
+def test_an_export_that_answers_otherwise_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = stages.answers
+    monkeypatch.setattr(stages, "answers", lambda run, data, preprocess: honest(lambda x: run(255 - x), data, preprocess))
+    with pytest.raises(ParityError, match="nothing was shipped"):
+        flyweight.fit("demo", "size<=200KB", time="14s", out=tmp_path / "run")
+    assert not (tmp_path / "run" / "model.onnx").exists()
+    assert ParityError.exit_code == 5
+
+
+def test_cifar10_and_fashion_mnist_open(real_data: Path, fashion_mnist: Path, tmp_path: Path) -> None:
+    for data, shape in ((f"cifar10:{real_data / 'cifar-10-python.tar.gz'}", (50_000, 10_000)), (f"idx:{fashion_mnist}", (60_000, 10_000))):
+        source = open_source(data)
+        assert ((source.splits == "train").sum(), (source.splits == "test").sum()) == shape
+
+
+def test_flowers_find_their_repeats(real_data: Path, tmp_path: Path) -> None:
+    """The test images that repeat training images are scored apart."""
+    data = tmp_path / "flowers"
+    for split, count in (("train", 12), ("test", 20)):
+        for kind in ("daisy", "iris", "pansy"):
+            (data / split / kind).mkdir(parents=True)
+            for path in sorted((real_data / "flowers12" / split / kind).iterdir())[:count]:
+                shutil.copy(path, data / split / kind)
+    planted = next((data / "train" / "iris").iterdir())
+    shutil.copy(planted, data / "test" / "iris" / "again.jpg")
+    run = flyweight.fit(data, "size<=300KB", time="10s", out=tmp_path / "run")
+    clean = run.result["test_clean"]
+    assert clean["duplicates"] >= 1
+    assert clean["n"] + clean["duplicates"] == run.result["test"]["n"]
+
+
+def test_environment_is_recorded(finished: tuple[flyweight.Run, Path]) -> None:
+    environment = json.loads((finished[0].folder / "environment.json").read_text(encoding="utf-8"))
+    assert environment["cores"] == os.cpu_count()
+    assert set(environment["versions"]) >= {"torch", "onnxruntime", "numpy"}

@@ -1,0 +1,66 @@
+"""Who may import whom: a module imports only what stands to its left, and side roots import none of the chain."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "flyweight"
+CHAIN = [
+    "ops", "net", "blocks", "zoo", "create", "graph", "fold", "costs", "weights", "train", "export", "bench", "compress",
+    "search", "stages", "fitting", "cli",
+]  # fmt: skip
+# Roots that the chain may use and that use none of it.
+ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}
+# bench's engines and train's atomic writes are used by what a run leaves; torch-free modules use torch-free ones.
+ALLOWED = {
+    "data": {"errors"},
+    "report": {"errors", "units"},
+    "units": set(),
+    "errors": set(),
+    "records": set(),
+    "job": {"errors"},
+    "preprocess": {"data", "errors"},
+    "mistakes": {"data"},
+    "run": {"bench", "data", "errors", "preprocess"},
+    "ship": {"net", "preprocess", "train", "weights"},
+    "terminal": {"units", "costs", "fitting", "net", "run"},
+}
+TAKES_ANY_NET = ["graph", "fold", "export", "bench"]
+
+
+def part(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of flyweight that a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "flyweight":
+            below = node.module.split(".")[1:]
+            found |= {below[0]} if below else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("flyweight.")}
+    return found - {"__version__", part(path)}
+
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if part(path) not in ("__init__", "__main__")]
+
+
+def test_every_part_has_its_place() -> None:
+    assert {part(path) for path in FILES} == set(CHAIN) | ROOTS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_left(path: Path) -> None:
+    own = part(path)
+    allowed = set(CHAIN[: CHAIN.index(own)]) | ROOTS if own in CHAIN else ALLOWED[own]
+    assert imported(path) <= allowed
+
+
+@pytest.mark.parametrize("own", TAKES_ANY_NET)
+def test_some_parts_take_any_net(own: str) -> None:
+    for path in FILES:
+        if part(path) == own:
+            assert not imported(path) & {"zoo", "create"}

@@ -1,0 +1,223 @@
+"""The trainer: augmentation, the clock, averages, precision, checkpoints that continue exactly."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from flyweight.create import create_model
+from flyweight.data import augment, open_source, prepare
+from flyweight.data.dataset import Dataset
+from flyweight.errors import FlyweightError
+from flyweight.net import Net
+from flyweight.preprocess import Preprocess
+from flyweight.train.checkpoint import load_checkpoint, save_checkpoint
+from flyweight.train.ema import Ema
+from flyweight.train.loop import Clock, Diverged, Training, augmented, logits, normalise, score, train
+from flyweight.train.platform import precision
+from flyweight.train.recipe import Recipe, rate, recipe_for
+
+
+@pytest.fixture(scope="module")
+def splits():
+    """Real pictures: the data that comes along."""
+    return prepare(open_source("demo"), [28])
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def job(splits, seed: int = 0, epochs: float = 1.0, images: int = 1024, **changes) -> Training:
+    torch.manual_seed(seed)
+    net = create_model("squeezenet1_1_small", num_classes=10, in_chans=1, width=0.25, size=28)
+    data = splits.train.subset(np.arange(images))
+    recipe = replace(recipe_for(28), learning_rate=0.05, batch_size=64, **changes)
+    preprocess = Preprocess.of(data.batch(28))
+    return Training(net, data, splits.validation.subset(np.arange(200)), preprocess, recipe, Clock(epochs=epochs), seed, mode="float32")
+
+
+@pytest.mark.parametrize("pixels", [0, 2, 4])
+def test_shifted_pictures_hold_only_what_was_there(pixels: int) -> None:
+    images = torch.arange(2 * 8 * 8).view(2, 8, 8, 1).to(torch.uint8)
+    for seed in range(5):
+        moved = augment.shift_and_flip(images, pixels, False, rng(seed))
+        assert moved.shape == images.shape
+        for before, after in zip(images, moved, strict=True):
+            assert set(after.flatten().tolist()) <= set(before.flatten().tolist())
+            # The middle of the shifted picture is an exact window of the original.
+            window = after[3:5, 3:5, 0]
+            positions = before[..., 0].unfold(0, 2, 1).unfold(1, 2, 1)
+            assert (positions == window).all(-1).all(-1).any()
+    if pixels == 0:
+        assert torch.equal(augment.shift_and_flip(images, 0, False, rng()), images)
+
+
+def test_half_of_the_pictures_are_mirrored() -> None:
+    images = torch.arange(4).view(1, 1, 4, 1).expand(1000, 1, 4, 1).to(torch.uint8)
+    moved = augment.shift_and_flip(images, 0, True, rng())
+    mirrored = (moved[:, 0, 0, 0] == 3).float().mean()
+    assert 0.45 < mirrored < 0.55
+    assert torch.equal(moved.sum(dim=(1, 2, 3)), images.sum(dim=(1, 2, 3)))
+
+
+def test_zoomed_pictures_stay_within_the_values_that_were_there() -> None:
+    images = torch.rand(16, 3, 64, 64, generator=rng())
+    zoomed = augment.zoom_and_turn(images, 0.3, True, rng())
+    assert zoomed.shape == images.shape
+    assert images.min() <= zoomed.min()
+    assert zoomed.max() <= images.max()
+    assert not torch.equal(zoomed, images)
+
+
+def test_cutout_hides_a_square_of_the_size_asked_for() -> None:
+    images = torch.ones(200, 3, 32, 32)
+    hidden = (augment.cutout(images, 0.25, rng()) == 0).float().mean(dim=(1, 2, 3))
+    assert hidden.max() <= (9 / 32) ** 2
+    assert hidden.max() >= (8 / 32) ** 2
+    assert hidden.min() > 0
+
+
+@pytest.mark.parametrize(("size", "channels"), [(28, 1), (32, 3), (64, 3)])
+def test_a_batch_is_normalised_and_channels_last(size: int, channels: int) -> None:
+    images = torch.randint(0, 256, (8, size, size, channels), dtype=torch.uint8, generator=rng())
+    preprocess = Preprocess((size, size), channels, (100.0,) * channels, (50.0,) * channels)
+    batch = augmented(images, preprocess, replace(recipe_for(size), cutout=0.2), rng())
+    assert batch.shape == (8, channels, size, size)
+    assert batch.is_contiguous(memory_format=torch.channels_last)
+    plain = normalise(images, preprocess)
+    torch.testing.assert_close(plain, (images.permute(0, 3, 1, 2).float() - 100) / 50)
+
+
+def test_the_rate_rises_and_falls() -> None:
+    recipe = Recipe(learning_rate=1.0, warm_up=0.2)
+    rates = [rate(recipe, p) for p in np.linspace(0, 1, 11)]
+    assert rates[0] == 0
+    assert max(rates) == pytest.approx(1.0)
+    assert rates.index(max(rates)) == 2
+    assert rates[-1] == 0
+    assert rate(recipe, 1.3) == 0
+
+
+def test_averages_follow_and_are_lent() -> None:
+    net = nn.Linear(2, 1)
+    ema = Ema(net, share=0.5)
+    start = net.weight.detach().clone()
+    with torch.no_grad():
+        net.weight += 1
+    ema.update(step=10, every=1)  # moves by 1 / (0.5 · 10)
+    torch.testing.assert_close(ema.average["weight"], start + 0.2)
+    with ema.applied():
+        torch.testing.assert_close(net.weight.detach(), start + 0.2)
+    torch.testing.assert_close(net.weight.detach(), start + 1)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1_cifar", "resnet8_cifar", "shufflenet_v1_g3_small"])
+def test_bfloat16_is_close_and_leaves_no_trace(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_model(name, num_classes=10, width=0.5).eval()
+    x = torch.randn(4, 3, 32, 32)
+    exact = net(x)
+    with precision(net, "bfloat16"):
+        rough = net(x)
+        assert rough.dtype == torch.float32
+    assert not torch.equal(exact, rough), "it did compute in another precision"
+    assert (rough - exact).abs().max() < 0.05 * exact.abs().max() + 1e-3
+    assert torch.equal(net(x), exact)
+    assert not any("forward" in vars(leaf) for leaf in net.modules())
+
+
+def test_it_learns_real_pictures(splits) -> None:
+    task = job(splits, epochs=6)
+    seen: list[dict] = []
+    task.emit = seen.append
+    trained = train(task)
+    assert trained.accuracy > 0.5  # chance is 0.1
+    assert seen[-1]["val_top1"] == trained.accuracy
+    assert seen[-1]["train_loss"] < seen[0]["train_loss"]
+    assert trained.epochs == pytest.approx(6, abs=0.01)
+    again = score(logits(task.net, task.validation, task.preprocess), task.validation.labels)
+    assert again == (trained.accuracy, trained.loss), "the averaged weights are what is left in the network"
+
+
+def test_the_same_seed_gives_the_same_weights(splits) -> None:
+    first, second, other = job(splits), job(splits), job(splits, seed=1)
+    for task in (first, second, other):
+        train(task)
+    assert same(first.net, second.net)
+    assert not same(first.net, other.net)
+
+
+def same(a: Net, b: Net) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("stop_after", [1, 7, 16, 23])
+def test_interrupted_and_resumed_it_ends_with_the_same_weights(splits, tmp_path: Path, stop_after: int) -> None:
+    whole = job(splits, epochs=1.9)
+    train(whole)
+    part = job(splits, epochs=1.9)
+    part.checkpoint = tmp_path / "state" / "final.safetensors"
+    steps = iter(range(stop_after))
+
+    def stop(share: float) -> None:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+
+    part.progress = stop
+    with pytest.raises(KeyboardInterrupt):
+        train(part)
+    rest = job(splits, epochs=1.9)
+    rest.checkpoint = part.checkpoint
+    train(rest)
+    assert same(whole.net, rest.net)
+
+
+def test_a_clock_of_seconds_ends_on_time(splits) -> None:
+    task = job(splits)
+    task.clock = Clock(seconds=1.5)
+    trained = train(task)
+    assert trained.seconds >= 1.5
+    assert trained.steps > 0
+
+
+def test_a_loss_that_is_no_number_is_told(splits) -> None:
+    task = job(splits, epochs=20)
+    task.recipe = replace(task.recipe, learning_rate=1e6)
+    with pytest.raises(Diverged, match="lower the learning rate"):
+        train(task)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "state" / "c.safetensors"
+    save_checkpoint(path, {"a": torch.ones(3)}, {"step": 1})
+    tensors, values = load_checkpoint(path)
+    assert torch.equal(tensors["a"], torch.ones(3))
+    assert values == {"step": 1}
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(FlyweightError, match=r"c.safetensors is damaged"):
+        load_checkpoint(path)
+
+
+def test_a_checkpoint_of_another_network_is_told(splits, tmp_path: Path) -> None:
+    task = job(splits, epochs=0.2)
+    task.checkpoint = tmp_path / "c.safetensors"
+    save_checkpoint(task.checkpoint, {"rng": rng().get_state(), "net.x": torch.ones(1)}, {"step": 1})
+    with pytest.raises(FlyweightError, match="another network"):
+        train(task)
+
+
+def test_data_smaller_than_a_batch_trains(splits) -> None:
+    task = job(splits, images=20, epochs=3)
+    assert train(task).steps == 3
+
+
+def test_preprocess_statistics_are_those_of_the_pictures(splits) -> None:
+    data: Dataset = splits.train
+    found = Preprocess.of(data.batch(28))
+    assert found.mean[0] == round(float(data.batch(28).mean()))
+    assert found.std[0] == pytest.approx(float(data.batch(28).astype(np.float64).std()), rel=0.02)
+    assert Preprocess.from_json(found.to_json()) == found
