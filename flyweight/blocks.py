@@ -1,4 +1,4 @@
-"""The building blocks that the families share. A block takes its sizes; what varies by family is passed in, not subclassed."""
+"""The building blocks that the families share. Sizes, and what varies by family, are passed in, not subclassed."""
 
 from collections import OrderedDict
 from collections.abc import Callable
@@ -69,7 +69,7 @@ class Residual(nn.Module):
 
 
 class ShuffleUnit(nn.Module):
-    """Grouped 1 × 1, shuffle, 3 × 3 depthwise, grouped 1 × 1; added to x, or at stride 2 concatenated with its average pool.
+    """Grouped 1 × 1, shuffle, 3 × 3 depthwise, grouped 1 × 1; plus x, or at stride 2 concatenated to its average pool.
 
     ShuffleNet, arXiv:1707.01083, figure 2 (b, c): no ReLU after the depthwise convolution. `first_groups` is 1 in the
     unit whose input has too few channels to be grouped (the first of stage 2).
@@ -126,7 +126,7 @@ class Classifier(nn.Module):
 
 
 class ConvClassifier(nn.Module):
-    """Dropout, 1 × 1 convolution to the classes, ReLU, average (SqueezeNet's head): [N, C, H, W] → logits [N, classes]."""
+    """Dropout, 1 × 1 convolution, ReLU, average (SqueezeNet's head): [N, C, H, W] → logits [N, classes]."""
 
     def __init__(self, in_features: int, num_classes: int, drop_rate: float, act: bool = True) -> None:
         super().__init__()

@@ -40,9 +40,10 @@ def main() -> None:
         sys.stderr.close()  # the reader of our output has gone, which is not worth a word
         sys.exit(1)
     except Exception as error:
-        if not hasattr(error, "exit_code") or not hasattr(error, "format_message"):
+        format_message = getattr(error, "format_message", None)
+        if format_message is None or not hasattr(error, "exit_code"):
             raise
-        _fail(error.format_message(), UsageError.exit_code)  # a usage error of the option parser's
+        _fail(format_message(), UsageError.exit_code)  # a usage error of the option parser's
 
 
 def _interrupt(*_: object) -> None:
@@ -62,22 +63,30 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
 ) -> None:
     """Options of the program itself."""
 
 
 @app.command()
 def fit(
-    data: Annotated[str | None, typer.Argument(help="A folder of class folders, cifar10:PATH, idx:PATH, or demo.")] = None,
-    budget: Annotated[list[str] | None, typer.Option(help='Limits such as "latency<=2ms, size<=500KB"; may be repeated.')] = None,
+    data: Annotated[
+        str | None, typer.Argument(help="A folder of class folders, cifar10:PATH, idx:PATH, or demo.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None, typer.Option(help='Limits such as "latency<=2ms, size<=500KB"; may be repeated.')
+    ] = None,
     time: Annotated[str, typer.Option(help="How long the whole job may take: 90s, 10m, 1.5h.")] = "10m",
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/<data>-<time>.")] = None,
     threads: Annotated[int, typer.Option(help="Cores that the latency is measured on.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show candidates and plan; train nothing.")] = False,
-    skip_corrupt: Annotated[bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")] = False,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Find, train, compress, verify and measure the best classifier within a budget.
@@ -112,7 +121,8 @@ def _missed(budget: Iterable[dict[str, Any]], folder: Path) -> str:
     from flyweight.units import budget_value
 
     missed = [
-        f"{line['name']} is {budget_value(line['name'], line['measured'])} instead of {budget_value(line['name'], line['limit'])} "
+        f"{line['name']} is {budget_value(line['name'], line['measured'])} "
+        f"instead of {budget_value(line['name'], line['limit'])} "
         f"({100 * abs(line['measured'] / line['limit'] - 1):.0f} % short)"
         for line in budget
         if not line["met"]
@@ -136,12 +146,16 @@ def predict(
     rows = []
     for image, row in zip(images, known.predict_proba(list(images)), strict=True):
         best = row.argsort()[::-1][:top]
-        rows.append({"image": str(image), "top": [{"class": known.classes[i], "probability": float(row[i])} for i in best]})
+        rows.append(
+            {"image": str(image), "top": [{"class": known.classes[i], "probability": float(row[i])} for i in best]}
+        )
     if as_json:
         print(json.dumps(rows, ensure_ascii=False, indent=2))
         return
     for row in rows:
-        print(f"{row['image']}: " + ", ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["top"]))
+        print(
+            f"{row['image']}: " + ", ".join(f"{each['class']} {100 * each['probability']:.1f} %" for each in row["top"])
+        )
 
 
 @app.command()
@@ -162,7 +176,16 @@ def models(
         spec = spec_of(name, num_classes=10) if spec_of(name).input[1] <= 32 else spec_of(name)
         counted = cost(spec)
         classes = spec.args.get("num_classes", 1000)
-        rows.append({"name": name, "family": spec.family, "size": spec.input[1], "classes": classes, "params": counted.params, "macs": counted.macs})
+        rows.append(
+            {
+                "name": name,
+                "family": spec.family,
+                "size": spec.input[1],
+                "classes": classes,
+                "params": counted.params,
+                "macs": counted.macs,
+            }
+        )
     if as_json:
         print(json.dumps(rows, indent=2))
     else:

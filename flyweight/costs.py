@@ -1,4 +1,4 @@
-"""Exact cost from one walk of the graph. One multiply-accumulate is 1 MAC; FLOPs = 2 × MACs. All figures are Python ints."""
+"""Exact cost from one walk of the graph. One multiply-accumulate is 1 MAC; FLOPs = 2 × MACs. All are Python ints."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def _linear(leaf: nn.Linear, inputs: Shape, output: Shape) -> int:
     return leaf.in_features * leaf.out_features
 
 
-# Only convolutions and linear layers multiply and accumulate. A class that is not here is an error, never a silent zero.
+# Only convolutions and linear layers multiply and accumulate. A class not listed here is an error, never a silent zero.
 MACS: dict[type[nn.Module], MacRule] = {
     nn.Conv2d: _conv,
     nn.Linear: _linear,
@@ -87,7 +87,7 @@ class NetCost:
         return 2 * self.macs
 
     def memory_bytes(self, value_bytes: int) -> int:
-        """Peak activations plus deployed weights (batch normalisation folded), at `value_bytes` a number (float32: 4, int8: 1)."""
+        """Peak activations plus deployed weights (norms folded), at `value_bytes` a number (float32: 4, int8: 1)."""
         return value_bytes * (self.weight_values + self.peak_values)
 
 
@@ -98,21 +98,23 @@ def _size(shape: Shape) -> int:
 def _layer(graph: Graph, node: Node) -> LayerCost:
     rule = MACS.get(type(node.leaf))
     if rule is None:
-        raise GraphError(f"{node.path} is a {type(node.leaf).__name__}, whose cost is not known; add its rule to cost.MACS")
+        raise GraphError(
+            f"{node.path} is a {type(node.leaf).__name__}, whose cost is not known; add its rule to cost.MACS"
+        )
     params = sum(p.numel() for p in node.leaf.parameters())
     macs = rule(node.leaf, graph.shapes[node.inputs[0]], node.shape)
     return LayerCost(node.path, type(node.leaf).__name__, node.shape, params, macs, _size(node.shape))
 
 
 def _deployed_values(leaf: nn.Module) -> int:
-    """Weights and one bias per output channel: what is left of a convolution and its batch normalisation when folded."""
+    """Weights and one bias per output channel: what is left of a convolution and its folded batch normalisation."""
     if isinstance(leaf, nn.Conv2d):
         return leaf.weight.numel() + leaf.out_channels
     return sum(p.numel() for p in leaf.parameters()) if not isinstance(leaf, nn.BatchNorm2d) else 0
 
 
 def peak_values(graph: Graph) -> int:
-    """The largest sum of activations alive while a leaf runs: its inputs, its output, and what later leaves still need."""
+    """The largest sum of activations alive while a leaf runs: its inputs, its output and what later leaves need."""
     buffer = {INPUT: INPUT}
     for node in graph.nodes:
         buffer[node.name] = buffer[node.inputs[0]] if isinstance(node.leaf, IN_PLACE) else node.name

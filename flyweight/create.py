@@ -34,14 +34,14 @@ def spec_of(name: str, size: int | tuple[int, int] | None = None, **args: Any) -
 
 
 def build(spec: Spec) -> Net:
-    """The network that a Spec describes, freshly initialised. Raises UsageError where the family refuses the arguments."""
+    """The network of a Spec, freshly initialised. Raises UsageError where the family refuses the arguments."""
     net = structure(spec)
     getattr(zoo.families()[spec.family], "initialise", initialise)(net)
     return net
 
 
 def structure(spec: Spec) -> Net:
-    """The network that a Spec describes, its weights not yet drawn: enough to count. Raises UsageError as `build` does."""
+    """The network of a Spec, its weights not yet drawn: enough to count. Raises UsageError as `build` does."""
     family = zoo.families().get(spec.family)
     if family is None:
         raise UsageError(f"there is no family {spec.family!r}; there are {', '.join(zoo.families())}")

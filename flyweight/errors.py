@@ -1,4 +1,4 @@
-"""What can go wrong, and the exit code that says so. Every message is one sentence that names the thing and the remedy."""
+"""What can go wrong, and the exit code that says so. Every message is one sentence naming the thing and the remedy."""
 
 
 class FlyweightError(Exception):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from flyweight import __version__, stages
 from flyweight.data import Source, Splits, open_source, prepare
+from flyweight.data.split import held_out_count
 from flyweight.errors import FlyweightError, Interrupted, ParityError, UsageError
 from flyweight.job import Job, Stopwatch, check_free, load_job, new_folder, save_job
 from flyweight.records import Listener, Records, read_records
@@ -33,9 +34,9 @@ def fit(
     """Trains, compresses, exports, verifies and measures the best classifier of `data` within `budget`.
 
     `data`: a folder of class folders, "cifar10:PATH", "idx:PATH" or "demo". `budget`: limits such as "latency<=2ms,
-    size<=500KB" (latency in ms on `threads` cores, sizes in bytes, accuracies as fractions). `time` bounds the whole job:
-    seconds or "10m". The run's folder (docs/run-folder.md) is `out`, by default runs/<data>-<time>; `listener` is told of
-    each record as it is made.
+    size<=500KB" (latency in ms on `threads` cores, sizes in bytes, accuracies as fractions). `time` bounds the whole
+    job: seconds or "10m". The run's folder (docs/run-folder.md) is `out`, by default runs/<data>-<time>; `listener` is
+    told of each record as it is made.
 
     A budget that no candidate meets is no error here: the nearest is shipped and `Run.met` is false. Raises UsageError
     (a bad budget, a missing path), DataError (the data is refused), ParityError (the export answers otherwise than the
@@ -64,7 +65,7 @@ def resume(folder: str | Path, listener: Listener | None = None) -> Run:
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a job would do: all candidates with their fate so far, those to be tried in order, the rungs and the seconds."""
+    """What a job would do: all candidates with their fate so far, the order of trying, the rungs and the seconds."""
 
     pool: list[Candidate]
     order: list[Candidate]
@@ -81,21 +82,40 @@ def outlook(data: str | Path, budget: str | Sequence[str], time: str | float = "
     order = ranked(
         [candidate for candidate in pool if candidate.status != "dropped"], stages.ideal_macs(job.seconds, len(source))
     )
-    measuring, trying = job.seconds * stages.MEASURE_SHARE, job.seconds * stages.TRIAL_SHARE
-    reserve = stages.reserve(job.seconds, len(source) // 3)
-    seconds = {"measure": measuring, "search": trying, "train": job.seconds - measuring - trying - reserve, "verify": reserve}
+    held_out = held_out_count(len(source))
+    seconds = {
+        "measuring": job.seconds * stages.MEASURE_SHARE,
+        "trials": job.seconds * stages.TRIAL_SHARE,
+        "compressing and verifying": stages.reserve(job.seconds, source, held_out, held_out, 1.0),
+    }
+    seconds["final training"] = job.seconds - sum(seconds.values())
     return Outlook(pool, order, stages.rungs(len(order), job.seconds), seconds)
 
 
-def _job(data: str | Path, budget: str | Sequence[str], time: str | float, threads: int, seed: int, skip_corrupt: bool) -> Job:
+def _job(
+    data: str | Path, budget: str | Sequence[str], time: str | float, threads: int, seed: int, skip_corrupt: bool
+) -> Job:
     text = budget if isinstance(budget, str) else ", ".join(budget)
     Budget.parse(text)  # a bad budget is told before anything is opened
     if not 1 <= threads <= cores():
         raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
     seconds = parse_time(time)
-    words = ["flyweight", "fit", str(data), "--budget", text, "--time", f"{seconds:g}s", "--threads", str(threads), "--seed", str(seed)]
+    words = [
+        "flyweight",
+        "fit",
+        str(data),
+        "--budget",
+        text,
+        "--time",
+        f"{seconds:g}s",
+        "--threads",
+        str(threads),
+        "--seed",
+        str(seed),
+    ]
     command = shlex.join(words + ["--skip-corrupt"] * skip_corrupt)
     return Job(str(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
+
 
 def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:
     source = open_source(job.source)
@@ -113,7 +133,9 @@ def _spent(folder: Path) -> float:
     return max((float(record["at"]) for record in read_records(folder / "records.jsonl")), default=0.0)
 
 
-def _guarded(folder: Path, job: Job, source: Source, splits: Splits, watch: Stopwatch, listener: Listener | None) -> Run:
+def _guarded(
+    folder: Path, job: Job, source: Source, splits: Splits, watch: Stopwatch, listener: Listener | None
+) -> Run:
     """Carries the job out; a full or read-only disk becomes one sentence."""
     try:
         records = Records(folder, lambda: watch.elapsed, listener)
@@ -137,9 +159,10 @@ def _carry_out(work: stages.Work) -> Run:
     parity = stages.verify(work, net, preprocess, shipped)
     if not parity.passed:
         raise ParityError(
-            f"the exported file agrees with the trained network on {100 * parity.agreement:.2f} % of {parity.n} validation "
-            f"pictures ({100 * parity.exported_top1:.2f} % right against {100 * parity.pytorch_top1:.2f} %), outside the "
-            f"tolerance of {100 * parity.tolerance:.2f} points; nothing was shipped, the records are in {work.folder}"
+            f"the exported file agrees with the trained network on {100 * parity.agreement:.2f} % of {parity.n} "
+            f"validation pictures ({100 * parity.exported_top1:.2f} % right against "
+            f"{100 * parity.pytorch_top1:.2f} %), outside the tolerance of {100 * parity.tolerance:.2f} points; "
+            f"nothing was shipped, the records are in {work.folder}"
         )
     stages.finish(work, pool, winner, net, preprocess, shipped, counted)
     shutil.rmtree(work.folder / "state", ignore_errors=True)

@@ -9,7 +9,7 @@ from flyweight.graph import Shape, trace
 
 
 def fold_batchnorm(net: nn.Module, input_shape: Shape) -> nn.Module:
-    """A copy in evaluation mode where each BatchNorm2d that alone reads a convolution has moved into its weights and bias.
+    """A copy in evaluation mode where each BatchNorm2d that alone reads a convolution has been merged into it.
 
     y = γ (Wx + b − μ) / √(σ² + ε) + β is one convolution; the norm's place is taken by an identity.
     """
@@ -28,7 +28,8 @@ def fold_batchnorm(net: nn.Module, input_shape: Shape) -> nn.Module:
 
 @torch.no_grad()
 def _merge(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
-    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
     scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
     bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
     conv.weight.mul_(scale.view(-1, 1, 1, 1))

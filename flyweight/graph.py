@@ -94,7 +94,9 @@ def trace(net: nn.Module, input_shape: Shape) -> Graph:
             names[step], values[step.name] = step.name, value
             nodes.append(Node(step.name, path, net.get_submodule(path), inputs, tuple(value.shape[1:])))
         else:
-            raise GraphError(f"{type(net).__name__} calls {step.target} outside a leaf module; put it into one in ops.py")
+            raise GraphError(
+                f"{type(net).__name__} calls {step.target} outside a leaf module; put it into one in ops.py"
+            )
     return Graph(input_shape, tuple(nodes), output)
 
 

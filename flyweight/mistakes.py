@@ -5,7 +5,6 @@ import io
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from flyweight.data import Dataset, read_image
 

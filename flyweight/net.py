@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Spec:
-    """Everything that rebuilds a network's structure, in JSON values: registry, search, checkpoints and reports exchange it.
+    """All that rebuilds a network's structure, in JSON values: registry, search, checkpoints and reports exchange it.
 
     `input` is (channels, height, width); `widths` the channels that survive per leaf after pruning.
     """
@@ -32,7 +32,7 @@ class Spec:
 
 
 class Net(nn.Module):
-    """Stages that shrink the picture, then a head that names it: uint8-normalised [N, C, H, W] → logits [N, classes]."""
+    """Stages that shrink the picture and a head that names it: uint8-normalised [N, C, H, W] → logits [N, classes]."""
 
     def __init__(self, stages: "OrderedDict[str, nn.Module]", head: nn.Module) -> None:
         super().__init__()

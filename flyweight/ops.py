@@ -1,4 +1,4 @@
-"""Parameter-free leaf modules. Every tensor operation of a network is a leaf, so cost, export and pruning are tables over classes."""
+"""Parameter-free leaf modules. Every operation is a leaf, so cost, export and pruning are tables over classes."""
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,6 @@ class GlobalMaxPool(nn.Module):
 
 
 def round_channels(channels: float, divisor: int = 8) -> int:
-    """The multiple of `divisor` nearest to `channels`, never less than 90 % of it nor than `divisor` (MobileNetV2's rule)."""
+    """The multiple of `divisor` nearest to `channels`, at least 90 % of it and at least `divisor` (MobileNetV2)."""
     rounded = max(divisor, int(channels + divisor / 2) // divisor * divisor)
     return rounded + divisor if rounded < 0.9 * channels else rounded

@@ -19,7 +19,7 @@ class Preprocess:
     std: tuple[float, ...]
 
     def pixels(self, source: ImageSource) -> np.ndarray:
-        """A picture (path, Pillow image or array) as uint8 [H, W, C]. Raises DataError naming a file that is no picture."""
+        """A picture (path, Pillow image or array) as uint8 [H, W, C]. Raises DataError naming a file that is none."""
         return to_pixels(source, self.size, self.channels)
 
     def to_json(self) -> dict[str, Any]:
@@ -34,7 +34,7 @@ class Preprocess:
 
     @classmethod
     def of(cls, images: np.ndarray) -> "Preprocess":
-        """The statistics of training images, uint8 [N, H, W, C]: one whole-numbered mean and one deviation for all channels.
+        """Statistics of training images, uint8 [N, H, W, C]: one whole-numbered mean and one deviation of all channels.
 
         The same values for all channels because then the exported file takes pixels without any arithmetic; taken from
         up to 2,000 images.

@@ -1,4 +1,4 @@
-"""A finished run, or any ONNX file that flyweight wrote, as a classifier. Needs onnxruntime, numpy and pillow, not torch."""
+"""A finished run, or any ONNX file flyweight wrote, as a classifier. Needs onnxruntime, numpy and pillow, not torch."""
 
 import json
 from collections.abc import Sequence
@@ -29,12 +29,14 @@ class Classifier:
             raise FlyweightError(f"{path} is no ONNX model that can be run: {_first_line(error)}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
         if "classes" not in metadata or "preprocess" not in metadata:
-            raise UsageError(f"{path} lacks the metadata 'classes' and 'preprocess', so it was not written by flyweight")
+            raise UsageError(
+                f"{path} lacks the metadata 'classes' and 'preprocess', so it was not written by flyweight"
+            )
         self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
         self.preprocess = Preprocess.from_json(json.loads(metadata["preprocess"]))
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
-        """Probabilities float32 [N, classes] of pictures: paths, encoded bytes, Pillow images, or uint8 arrays [H, W, C].
+        """Probabilities float32 [N, classes] of pictures: paths, encoded bytes, Pillow images or uint8 [H, W, C].
 
         Raises DataError naming the first picture that cannot be read.
         """

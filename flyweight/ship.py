@@ -1,4 +1,4 @@
-"""What a run leaves beside its measurements: the network, its config, a model card and a script that needs no flyweight."""
+"""What a run leaves beside its measurements: network, config, model card and a script that needs no flyweight."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import write_atomically
 from flyweight.weights import net_bytes
 
-PREDICT = '''"""Classifies pictures with model.onnx: python predict.py PICTURE… (needs onnxruntime, numpy and pillow)."""
+PREDICT = '''\
+"""Classifies pictures with model.onnx: python predict.py PICTURE… (needs onnxruntime, numpy and pillow)."""
 import json, pathlib, sys
 import numpy as np, onnxruntime
 from PIL import Image, ImageOps
@@ -79,15 +80,17 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
         f"- {b['name']} {b['op']} {b['limit']:g}: measured {b['measured']:g}, {'met' if b['met'] else 'not met'}\n"
         for b in result["budget"]
     )
-    names = ", ".join(data["classes"][:30]) + (" …" if len(data["classes"]) > 30 else "")
-    text = f"""# {result["winner"]["name"]}, {result["shipped"]["format"]}
+    count, shipped, winner = len(data["classes"]), result["shipped"], result["winner"]
+    how = f"median of {latency['n']}, {latency['threads']} thread(s), {latency['engine']}"
+    names = ", ".join(data["classes"][:30]) + (" …" if count > 30 else "")
+    text = f"""# {winner["name"]}, {shipped["format"]}
 
-An image classifier for {len(data["classes"])} classes ({names}), made by Flyweight {result["version"]}.
+An image classifier for {count} classes ({names}), made by Flyweight {result["version"]}.
 
 ## Use
-`model.onnx` takes `image`, uint8 [N, H, W, {data["channels"]}], and gives `probabilities`, float32 [N, {len(data["classes"])}];
-`predict.py` shows the whole of it. The pictures must look like those it was trained on; a picture of anything else still
-gets one of these classes. Budget ({result["status"]}):
+`model.onnx` takes `image`, uint8 [N, H, W, {data["channels"]}], and gives `probabilities`, float32 [N, {count}];
+`predict.py` shows the whole of it. The pictures must look like those it was trained on; a picture of anything else
+still gets one of these classes. Budget ({result["status"]}):
 
 {limits}
 ## Data
@@ -96,8 +99,8 @@ Licence of the data: {data["licence"]}
 
 ## Accuracy and speed
 - Test: {100 * test["top1"]:.1f} % of {test["n"]} (95 % interval {low} to {high}), scored once, by the shipped file
-{leaked}- One picture: {latency["p50"]:.3g} ms (median of {latency["n"]}, {latency["threads"]} thread(s), {latency["engine"]})
-- File: {result["shipped"]["size_bytes"]} bytes; parameters {result["winner"]["params"]}; multiply-accumulates {result["winner"]["macs"]}
+{leaked}- One picture: {latency["p50"]:.3g} ms ({how})
+- File: {shipped["size_bytes"]} bytes; parameters {winner["params"]}; multiply-accumulates {winner["macs"]}
 
 ## Training
 From random weights, so no licence of inherited weights applies. Seed {result["seed"]}; the whole job took

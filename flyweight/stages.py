@@ -1,4 +1,4 @@
-"""The stages of the main job. Each reads what earlier ones recorded, so that an interrupted job goes on where it was."""
+"""The stages of the main job. Each reads what earlier ones recorded, so an interrupted job goes on where it was."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,23 +29,28 @@ from flyweight.search.space import Candidate, candidates, ranked
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure
 from flyweight.ship import write_card, write_json, write_model, write_network
-from flyweight.train.loop import Clock, Diverged, Training, logits, train
+from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import recipe_for
 
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
 # final training has the rest.
 MEASURE_SHARE, TRIAL_SHARE = 0.08, 0.2
-# A candidate suits the time if its final training sees every picture about this often; a first trial is a quarter epoch.
-EPOCHS_WANTED, TRIAL_EPOCHS, SHORTEST_TRIAL = 12.0, 0.25, 3.0
-# Forward multiply-accumulates a second and core that training reaches on a current CPU: only the order of trying, and so
-# nothing that is reported, depends on it.
+# A candidate suits the time if its final training sees every picture about this often, and so many pictures in all
+# where there are few; a first trial sees 1/48 of that.
+EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48, 3.0
+# Forward multiply-accumulates a second and core that training reaches on a current CPU: only the order of trying, and
+# so nothing that is reported, depends on it.
 TRAINING_MACS = 12e9
-MISTAKES = 24
-# Pictures that place int8 ranges of untrained networks, and that give the mean and deviation of pixels.
+MISTAKES, MOST_RESTARTS = 24, 3
+# Mirroring that costs a network more of its accuracy than this, and more than chance, changes what pictures mean.
+MIRROR_LOSS = 0.03
+# Pictures that place the int8 ranges of untrained networks, and that give the mean and deviation of pixels.
 CALIBRATION, STATISTICS = 8, 2000
-# Seconds a precision is measured for when they compete, and the shipped file in the end; candidates nearest to the budget
-# that are measured where none meets it.
+# Pictures that place the ranges of the trained network, and the seconds that reading and resizing one takes.
+CALIBRATED, READING_ARRAY, READING_FILE = 256, 0.0001, 0.004
+# Seconds a precision is measured for when they compete, and the shipped file in the end; candidates nearest to the
+# budget that are measured where none meets it.
 RACE_SECONDS, FINAL_SECONDS, NEAREST = 0.6, 2.0, 5
 FINAL = "state/final.safetensors"
 
@@ -69,19 +74,27 @@ class Work:
 
 
 def ideal_macs(seconds: float, images: int) -> float:
-    """The multiply-accumulates of a network whose training in `seconds` sees each of `images` often enough."""
-    return TRAINING_MACS * cores() * seconds * (1 - MEASURE_SHARE - TRIAL_SHARE) / (images * EPOCHS_WANTED)
+    """The MACs of a network whose training, in a job of `seconds`, sees each of `images` often enough."""
+    return TRAINING_MACS * cores() * final_seconds(seconds) / max(images * EPOCHS_WANTED, PICTURES_WANTED)
 
 
-def reserve(seconds: float, scored: int) -> float:
-    """Seconds to set aside for compressing, verifying and reporting a job that scores `scored` pictures in the end."""
-    return min(0.4 * seconds, 8 + 0.02 * seconds + scored * 0.0015)
+def final_seconds(seconds: float) -> float:
+    """What measuring and trying leave of a job's time."""
+    return seconds * (1 - MEASURE_SHARE - TRIAL_SHARE)
+
+
+def reserve(seconds: float, source: Source, validation: int, test: int, milliseconds: float) -> float:
+    """Seconds to set aside for compressing, verifying and reporting, for a network of this latency."""
+    each = milliseconds / 1000
+    quantising = len(int8.SCHEMES) * (0.6 + 4 * CALIBRATED * each)
+    scoring = (len(int8.SCHEMES) + 3) * validation * 1.5 * each + test * each
+    reading = (validation + test) * (READING_ARRAY if isinstance(source.images, np.ndarray) else READING_FILE)
+    return min(0.4 * seconds, 4 + 0.01 * seconds + quantising + scoring + reading)
 
 
 def rungs(count: int, seconds: float) -> list[Rung]:
     """The trials for `count` candidates in a job of `seconds`."""
-    final = seconds * (1 - MEASURE_SHARE - TRIAL_SHARE)
-    return plan(count, seconds * TRIAL_SHARE, max(SHORTEST_TRIAL, final * TRIAL_EPOCHS / EPOCHS_WANTED))
+    return plan(count, seconds * TRIAL_SHARE, max(SHORTEST_TRIAL, final_seconds(seconds) * FIRST_TRIAL))
 
 
 def introduce(work: Work) -> None:
@@ -133,7 +146,8 @@ def survey_candidates(work: Work) -> list[Candidate]:
             work.records.write("candidate", **candidate.to_json())
     work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
     order = ranked(
-        [candidate for candidate in pool if candidate.status != "dropped"], ideal_macs(work.job.seconds, len(splits.train))
+        [candidate for candidate in pool if candidate.status != "dropped"],
+        ideal_macs(work.job.seconds, len(splits.train)),
     )
     begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
     for candidate in order:
@@ -153,7 +167,9 @@ def _measure(work: Work, candidate: Candidate) -> None:
         candidate.recall(record)
         return
     train_split = work.splits.train
-    pictures = train_split.batch(candidate.spec.input[1], calibration_sample(len(train_split), work.job.seed, CALIBRATION))
+    pictures = train_split.batch(
+        candidate.spec.input[1], calibration_sample(len(train_split), work.job.seed, CALIBRATION)
+    )
     measure(candidate, train_split.classes, pictures, work.job.threads)
     judge(candidate, work.budget)
     work.records.write("candidate", **candidate.to_json())
@@ -185,13 +201,34 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
         trials = rungs(len(entrants), work.job.seconds)
         for candidate in entrants[trials[0].candidates if trials else 1 :]:
             candidate.why = "there was no time to try it"
-        winner = halve(entrants, trials, lambda candidate, rung, seconds: _trial(work, candidate, rung, seconds))[0]
+        order = halve(entrants, trials, lambda candidate, rung, seconds: _trial(work, candidate, rung, seconds))
+        winner = (order or entrants)[0]
     _tell_losers(pool, winner)
-    scored = len(work.splits.validation) * 6 + len(work.splits.test)
-    seconds = max(0.3 * work.left, work.left - reserve(work.job.seconds, scored))
-    work.records.write("winner", name=winner.name, seconds=round(seconds, 1))
+    splits = work.splits
+    needed = reserve(work.job.seconds, work.source, len(splits.validation), len(splits.test), winner.latency_ms or 0.0)
+    seconds = max(0.3 * work.left, work.left - needed, SHORTEST_TRIAL)
+    work.records.write("winner", name=winner.name, seconds=round(seconds, 1), flip=_may_mirror(work, winner))
     work.watch.ends("search")
     return winner
+
+
+def _may_mirror(work: Work, winner: Candidate) -> bool:
+    """Whether mirrored pictures keep their class: then the final training mirrors half of them.
+
+    Trials do not mirror. If the network of the winner's last trial is about as right on mirrored validation pictures as
+    on the pictures themselves, left and right tell nothing; where it is clearly worse (digits, arrows, shoes that all
+    point one way), mirroring would teach what is wrong.
+    """
+    record = work.records.find("trial", name=winner.name)
+    if record is None or record["mirrored_top1"] is None:
+        work.records.say("pictures are not mirrored: no trial has shown that this does no harm")
+        return False
+    straight, mirrored = record["val_top1"], record["mirrored_top1"]
+    chance = 2 * (straight * (1 - straight) / len(work.splits.validation)) ** 0.5
+    harmless = mirrored >= straight - max(MIRROR_LOSS, chance)
+    found = f"a network trained without it is right on {100 * straight:.1f} % of them and on {100 * mirrored:.1f} % mirrored"
+    work.records.say(f"pictures are {'' if harmless else 'not '}mirrored: {found}")
+    return harmless
 
 
 def _tell_losers(pool: list[Candidate], winner: Candidate) -> None:
@@ -206,13 +243,16 @@ def _trial(work: Work, candidate: Candidate, rung: int, seconds: float) -> float
     record = work.records.find("trial", name=candidate.name, rung=rung)
     if record is None:
         net, preprocess = start(work, candidate)
+        found: dict[str, float | None] = {"epochs": None, "val_top1": None, "mirrored_top1": None}
         try:
-            trained = train(_training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds)))
-            found = {"seconds": round(trained.seconds, 2), "epochs": trained.epochs, "val_top1": trained.accuracy}
+            job = _training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds))
+            job.recipe = replace(job.recipe, flip=False)
+            trained = train(job)
+            mirrored, _ = score(logits(net, job.validation, preprocess, mirror=True), job.validation.labels)
+            found = {"epochs": trained.epochs, "val_top1": trained.accuracy, "mirrored_top1": mirrored}
         except Diverged as error:
             work.records.say(f"{candidate.name} is out: {error}")
-            found = {"seconds": round(seconds, 2), "epochs": None, "val_top1": None}
-        record = work.records.write("trial", name=candidate.name, rung=rung, **found)
+        record = work.records.write("trial", name=candidate.name, rung=rung, seconds=round(seconds, 2), **found)
     candidate.status, candidate.val_top1, candidate.epochs = "tried", record["val_top1"], record["epochs"]
     if candidate.val_top1 is None:
         candidate.why = "its loss diverged"
@@ -251,22 +291,24 @@ def train_winner(work: Work, winner: Candidate) -> tuple[Net, Preprocess]:
     """The final training, in the time recorded for it; a diverging loss starts it again at half the learning rate."""
     record = work.records.find("winner")
     assert record is not None
-    seconds, halvings = float(record["seconds"]), 0
     while True:
+        restarts = work.records.all("restart")
+        seconds = restarts[-1]["seconds"] if restarts else record["seconds"]
         net, preprocess = start(work, winner)
         job = _training(work, winner, net, preprocess, "final", Clock(seconds=seconds))
         job.checkpoint = work.folder / FINAL
-        job.recipe = replace(job.recipe, learning_rate=job.recipe.learning_rate / 2**halvings)
+        job.recipe = replace(
+            job.recipe, flip=record["flip"], learning_rate=job.recipe.learning_rate / 2 ** len(restarts)
+        )
         try:
             trained = train(job)
             break
         except Diverged as error:
-            halvings += 1
-            if halvings > 3:
-                raise FlyweightError(f"training {winner.name} does not converge at any learning rate tried: {error}") from error
+            if len(restarts) == MOST_RESTARTS:
+                raise FlyweightError(f"training {winner.name} diverges at every learning rate tried: {error}") from error
             job.checkpoint.unlink(missing_ok=True)
-            seconds = max(0.3 * seconds, seconds - job.clock.spent)
-            work.records.say(f"{error}; starting again at half the rate")
+            left = max(0.3 * seconds, seconds - job.clock.spent)
+            work.records.write("restart", name=winner.name, seconds=round(left, 1), why=str(error))
     winner.val_top1, winner.epochs = trained.accuracy, trained.epochs
     work.watch.ends("train")
     return net, preprocess
@@ -277,7 +319,7 @@ def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Variant, Net
     splits, classes = work.splits, work.splits.train.classes
     outputs = logits(net, splits.validation, preprocess).numpy()
     model = onnx.export(net, preprocess, classes, temperature(outputs, splits.validation.labels))
-    pictures = splits.train.batch(preprocess.size[0], calibration_sample(len(splits.train), work.job.seed))
+    pictures = splits.train.batch(preprocess.size[0], calibration_sample(len(splits.train), work.job.seed, CALIBRATED))
     models = {FLOAT: model}
     for i, scheme in enumerate(int8.SCHEMES):
         work.records.progress("quantising", i / len(int8.SCHEMES))
@@ -328,7 +370,15 @@ def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Pa
     return parity
 
 
-def finish(work: Work, pool: list[Candidate], winner: Candidate, net: Net, preprocess: Preprocess, shipped: Variant, counted: NetCost) -> None:
+def finish(
+    work: Work,
+    pool: list[Candidate],
+    winner: Candidate,
+    net: Net,
+    preprocess: Preprocess,
+    shipped: Variant,
+    counted: NetCost,
+) -> None:
     """Scores the test pictures once, with the shipped file alone; writes what the run leaves."""
     entry = write_model(work.folder, shipped.model, shipped.format)
     write_network(work.folder, net, winner.name, preprocess, work.splits.train.classes)
@@ -351,7 +401,9 @@ def finish(work: Work, pool: list[Candidate], winner: Candidate, net: Net, prepr
         "latency_ms": speed.to_json(),
         "shipped": entry,
         "candidates": [candidate.to_json() for candidate in pool],
-        "seconds": {name: round(seconds, 2) for name, seconds in ({"total": work.watch.elapsed} | work.watch.stages).items()},
+        "seconds": {
+            name: round(seconds, 2) for name, seconds in ({"total": work.watch.elapsed} | work.watch.stages).items()
+        },
         "time_limit": work.job.seconds,
         "with_more_time": with_more_time(work, pool, winner),
         "seed": work.job.seed,
@@ -370,7 +422,9 @@ def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any
     right = predicted == test.labels
     confusion = np.zeros((len(test.classes), len(test.classes)), int)
     np.add.at(confusion, (test.labels, predicted), 1)
-    work.records.write("test", classes=list(test.classes), confusion=confusion.tolist(), top1=float(right.mean()), n=len(test))
+    work.records.write(
+        "test", classes=list(test.classes), confusion=confusion.tolist(), top1=float(right.mean()), n=len(test)
+    )
     for mistake in worst_mistakes(test, probabilities, MISTAKES):
         work.records.write("mistake", **mistake)
     found: dict[str, Any] = {"test": _score(right)}

@@ -38,12 +38,19 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         if self.console.is_terminal and not self.quiet:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f} %"),
+                TimeElapsedColumn(),
+            )
             self.bar = Bar(*columns, console=self.console, transient=True)
             self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.bar:
             self.bar.stop()
 
@@ -81,9 +88,12 @@ def _line(record: Mapping[str, Any]) -> str:
             fate = f"dropped: {record['why']}" if record["status"] == "dropped" else "fits"
             return f"{record['name']}: {human_ms(record['latency_ms'])}, {human_bytes(record['size_bytes'])}, {fate}"
         case "trial" if record["val_top1"] is not None:
-            return f"trial {record['rung'] + 1}: {record['name']} {percent(record['val_top1'])} after {record['epochs']:.2f} epochs"
+            score = f"{percent(record['val_top1'])} after {record['epochs']:.2f} epochs"
+            return f"trial {record['rung'] + 1}: {record['name']} {score}"
         case "winner":
             return f"chosen: {record['name']}, to be trained for {record['seconds']:.0f} s"
+        case "restart":
+            return f"{record['name']} begins again at half the learning rate: {record['why']}"
         case "epoch" if record["stage"] == "final":
             return f"epoch {record['epoch']:.1f}: {percent(record['val_top1'])} on validation"
         case "variant":
@@ -111,7 +121,8 @@ def show_result(run: "Run", as_json: bool) -> None:
     console.print(f"\n{escape(result['winner']['name'])}, {result['shipped']['format']}: budget {result['status']}")
     for line in result["budget"]:
         mark = "met" if line["met"] else "NOT MET"
-        console.print(f"  {line['name']} {line['op']} {budget_value(line['name'], line['limit'])}: {budget_value(line['name'], line['measured'])} ({mark})")
+        limit, measured = (budget_value(line["name"], line[key]) for key in ("limit", "measured"))
+        console.print(f"  {line['name']} {line['op']} {limit}: {measured} ({mark})")
     console.print(f"  test: {percent(test['top1'])} of {test['n']} ({percent(low)} to {percent(high)})")
     if clean:
         repeated = f"without {clean['duplicates']} that repeat training pictures"
@@ -167,7 +178,13 @@ def show_cost(name: str, spec: "Spec", counted: "NetCost", per_layer: bool, as_j
         "memory_bytes": {"float32": counted.memory_bytes(4), "int8": counted.memory_bytes(1)},
     }
     layers = [
-        {"layer": each.path, "kind": each.leaf, "shape": "x".join(map(str, each.shape)), "params": each.params, "macs": each.macs}
+        {
+            "layer": each.path,
+            "kind": each.leaf,
+            "shape": "x".join(map(str, each.shape)),
+            "params": each.params,
+            "macs": each.macs,
+        }
         for each in counted.layers
     ]
     if as_json:

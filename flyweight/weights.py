@@ -20,7 +20,7 @@ def net_bytes(net: Net) -> bytes:
 
 
 def load_net(path: Path) -> Net:
-    """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where the file is missing or not one."""
+    """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where there is none."""
     if not path.exists():
         raise UsageError(f"{path} does not exist: check the path")
     try:

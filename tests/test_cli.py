@@ -1,4 +1,4 @@
-"""The command line as people meet it: real processes, exit codes, one clear sentence, nothing heavy before it is needed."""
+"""The command line as people meet it: real processes, exit codes, one clear sentence, nothing heavy until needed."""
 
 import json
 import subprocess
@@ -14,7 +14,9 @@ from flyweight.export import onnx
 from flyweight.preprocess import Preprocess
 
 
-def run(*words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flyweight", *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=120)
 
@@ -45,7 +47,8 @@ def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
         "try: main()\n"
         "except SystemExit as stop: code = stop.code\n"
         "else: code = 0\n"
-        "print(sorted({'torch', 'onnxruntime', 'onnx', 'numpy', 'matplotlib'} & set(sys.modules)), code, file=sys.stderr)\n"
+        "heavy = {'torch', 'onnxruntime', 'onnx', 'numpy', 'matplotlib'}\n"
+        "print(sorted(heavy & set(sys.modules)), code, file=sys.stderr)\n"
     )
     done = subprocess.run([sys.executable, "-c", probe, *words], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "[] 0"
@@ -54,10 +57,11 @@ def test_help_and_version_import_nothing_heavy(words: list[str]) -> None:
 
 def test_predict_needs_no_torch(model: Path, picture: Path) -> None:
     probe = (
-        "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None\n"
-        "from flyweight.cli import main; main()\n"
+        "import sys; sys.modules['torch'] = None; sys.modules['onnx'] = None\nfrom flyweight.cli import main; main()\n"
     )
-    done = subprocess.run([sys.executable, "-c", probe, "predict", model, picture], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", probe, "predict", model, picture], capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(str(picture))
 
@@ -78,7 +82,9 @@ def test_models_are_listed() -> None:
 
 
 def test_cost_by_layer_adds_up() -> None:
-    value = json.loads(run("cost", "mobilenet_v1", "--width", "0.5", "--resolution", "160", "--per-layer", "--json").stdout)
+    value = json.loads(
+        run("cost", "mobilenet_v1", "--width", "0.5", "--resolution", "160", "--per-layer", "--json").stdout
+    )
     assert value["input"] == [3, 160, 160]
     assert value["flops"] == 2 * value["macs"] == 2 * sum(layer["macs"] for layer in value["layers"])
     assert value["params"] == sum(layer["params"] for layer in value["layers"]) == 1_342_536

@@ -20,10 +20,16 @@ def test_every_counted_leaf_can_be_exported() -> None:
     assert set(MACS) == set(RULES)
 
 
-@pytest.mark.parametrize(("side", "kernel", "padding", "stride", "out"), [(6, 3, 0, 1, 4), (224, 7, 3, 2, 112), (32, 3, 1, 1, 32)])
+@pytest.mark.parametrize(
+    ("side", "kernel", "padding", "stride", "out"), [(6, 3, 0, 1, 4), (224, 7, 3, 2, 112), (32, 3, 1, 1, 32)]
+)
 def test_output_size(side: int, kernel: int, padding: int, stride: int, out: int) -> None:
     assert (side - kernel + 2 * padding) // stride + 1 == out
-    assert trace(nn.Sequential(nn.Conv2d(3, 2, kernel, stride, padding)), (3, side, side)).nodes[0].shape == (2, out, out)
+    assert trace(nn.Sequential(nn.Conv2d(3, 2, kernel, stride, padding)), (3, side, side)).nodes[0].shape == (
+        2,
+        out,
+        out,
+    )
 
 
 def test_fire_is_small() -> None:
@@ -105,7 +111,9 @@ def test_channel_shuffle_transposes_the_groups() -> None:
     assert ChannelShuffle(3)(x).flatten().tolist() == [0, 2, 4, 1, 3, 5]
 
 
-@pytest.mark.parametrize(("channels", "rounded"), [(32.0, 32), (24.0, 24), (12.0, 16), (3.0, 8), (19.0, 24), (17.0, 16)])
+@pytest.mark.parametrize(
+    ("channels", "rounded"), [(32.0, 32), (24.0, 24), (12.0, 16), (3.0, 8), (19.0, 24), (17.0, 16)]
+)
 def test_round_channels_keeps_nine_tenths(channels: float, rounded: int) -> None:
     assert round_channels(channels) == rounded
     assert rounded % 8 == 0

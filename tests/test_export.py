@@ -53,8 +53,15 @@ def test_the_interface_is_as_documented() -> None:
     model = onnx.export(probe(3), Preprocess((16, 24), 3, (1.5, 2.0, 3.0), (50.0, 60.0, 70.0)), CLASSES)
     image, output = model.graph.input[0], model.graph.output[0]
     shape = [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim]
-    assert (image.name, shape, image.type.tensor_type.elem_type) == ("image", ["N", 16, 24, 3], onnx_format.TensorProto.UINT8)
-    assert (output.name, [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim]) == ("probabilities", ["N", 3])
+    assert (image.name, shape, image.type.tensor_type.elem_type) == (
+        "image",
+        ["N", 16, 24, 3],
+        onnx_format.TensorProto.UINT8,
+    )
+    assert (output.name, [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim]) == (
+        "probabilities",
+        ["N", 3],
+    )
     metadata = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert metadata["classes"] == CLASSES
     assert metadata["preprocess"] == {
@@ -120,7 +127,9 @@ def test_int8_keeps_most_answers_and_shrinks(scheme: int8.Scheme, pictures: Data
     assert max(len(node.output[0]) for node in quantised.graph.node) <= len("probabilities")
 
 
-@pytest.mark.parametrize("name", ["shufflenet_v1_g3_small", "mobilenet_v1_cifar", "squeezenet1_1_small", "resnet8_cifar"])
+@pytest.mark.parametrize(
+    "name", ["shufflenet_v1_g3_small", "mobilenet_v1_cifar", "squeezenet1_1_small", "resnet8_cifar"]
+)
 def test_int8_is_smaller_for_every_family(name: str) -> None:
     net = create_model(name, num_classes=3, in_chans=1, width=0.5, size=28).eval()
     model = onnx.export(net, GREY, CLASSES)
@@ -137,7 +146,9 @@ def test_the_gate_lets_the_truth_pass_and_stops_planted_faults(fault: str, pictu
     reference = logits(net, pictures, GREY).argmax(1).numpy()
     preprocess = Preprocess((28, 28), 1, (0.0,), (90.0,)) if fault == "another mean" else GREY
     run = engine.load(onnx.export(net, preprocess, CLASSES).SerializeToString(), 1)
-    feed = {"mirrored": lambda x: run(x[:, :, ::-1].copy()), "swapped answers": lambda x: run(x)[:, [1, 0, 2]]}.get(fault, run)
+    feed = {"mirrored": lambda x: run(x[:, :, ::-1].copy()), "swapped answers": lambda x: run(x)[:, [1, 0, 2]]}.get(
+        fault, run
+    )
     exported = answers(feed, pictures, GREY).argmax(1)
     parity = compare(reference, exported, reference, is_float=True)
     assert parity.passed == (fault == "none")

@@ -43,7 +43,9 @@ def photos(place: Path, per_class: int = 24) -> Path:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
 @pytest.fixture(autouse=True)
@@ -95,9 +97,9 @@ def test_the_result_is_complete_and_consistent(finished: tuple[flyweight.Run, Pa
     assert result["test"]["n"] == counts["test"]
     assert result["test"]["ci95"][0] <= result["test"]["top1"] <= result["test"]["ci95"][1]
     assert result["test"]["top1"] > 0.5  # three easy classes; chance is 0.33
-    assert sum(result["seconds"][stage] for stage in ("data", "search", "train", "compress", "verify")) == pytest.approx(
-        result["seconds"]["total"], rel=0.1
-    )
+    assert sum(
+        result["seconds"][stage] for stage in ("data", "search", "train", "compress", "verify")
+    ) == pytest.approx(result["seconds"]["total"], rel=0.1)
     winners = [candidate for candidate in result["candidates"] if candidate["status"] == "winner"]
     assert [winner["name"] for winner in winners] == [result["winner"]["name"]]
     assert all(candidate["why"] for candidate in result["candidates"]), "each says why"
@@ -132,8 +134,13 @@ def test_every_way_to_predict_answers_the_same(finished: tuple[flyweight.Run, Pa
     alone = subprocess.run(
         [sys.executable, "-I", run.folder / "predict.py", *pictures], capture_output=True, text=True, check=True
     )
-    assert [line.removeprefix(f"{path} ").rsplit(" ", 1)[0] for path, line in zip(pictures, alone.stdout.splitlines(), strict=True)] == answers
-    spoken = subprocess.run(command("predict", run.folder, *pictures, "--json"), capture_output=True, text=True, check=True)
+    assert [
+        line.removeprefix(f"{path} ").rsplit(" ", 1)[0]
+        for path, line in zip(pictures, alone.stdout.splitlines(), strict=True)
+    ] == answers
+    spoken = subprocess.run(
+        command("predict", run.folder, *pictures, "--json"), capture_output=True, text=True, check=True
+    )
     assert [row["top"][0]["class"] for row in json.loads(spoken.stdout)] == answers
 
 
@@ -154,7 +161,9 @@ def test_a_finished_run_is_opened_not_repeated(finished: tuple[flyweight.Run, Pa
 
 def test_a_budget_that_nothing_meets_ships_the_nearest(tmp_path: Path) -> None:
     done = subprocess.run(
-        command("fit", "demo", "--budget", "size<=9KB", "--time", "10s", "--out", tmp_path / "run"), capture_output=True, text=True
+        command("fit", "demo", "--budget", "size<=9KB", "--time", "10s", "--out", tmp_path / "run"),
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 3, done.stderr
     assert "size is" in done.stderr.splitlines()[-1]
@@ -173,7 +182,9 @@ def test_damaged_pictures_are_refused_before_anything_is_made(tmp_path: Path) ->
     with pytest.raises(DataError, match=r"1\.jpg .*--skip-corrupt"):
         flyweight.fit(data, BUDGET, time="10s", out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    done = subprocess.run(command("fit", data, "--budget", BUDGET, "--out", tmp_path / "run"), capture_output=True, text=True)
+    done = subprocess.run(
+        command("fit", data, "--budget", BUDGET, "--out", tmp_path / "run"), capture_output=True, text=True
+    )
     assert (done.returncode, "1.jpg" in done.stderr, "Traceback" in done.stderr) == (4, True, False)
     run = flyweight.fit(data, BUDGET, time="8s", out=tmp_path / "run", skip_corrupt=True)
     assert any("1.jpg" in note for note in run.result["data"]["notes"])
@@ -185,7 +196,10 @@ def wait_for(folder: Path, kind: str, process: subprocess.Popen[str], **values: 
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
-        if any(r["kind"] == kind and all(r[k] == v for k, v in values.items()) for r in read_records(folder / "records.jsonl")):
+        if any(
+            r["kind"] == kind and all(r[k] == v for k, v in values.items())
+            for r in read_records(folder / "records.jsonl")
+        ):
             return
         time.sleep(0.05)
     raise AssertionError(f"no {kind} record in time")
@@ -242,15 +256,35 @@ def test_a_full_disk_gets_one_sentence(tmp_path: Path) -> None:
 
 def test_an_export_that_answers_otherwise_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = stages.answers
-    monkeypatch.setattr(stages, "answers", lambda run, data, preprocess: honest(lambda x: run(255 - x), data, preprocess))
+    monkeypatch.setattr(
+        stages, "answers", lambda run, data, preprocess: honest(lambda x: run(255 - x), data, preprocess)
+    )
     with pytest.raises(ParityError, match="nothing was shipped"):
         flyweight.fit("demo", "size<=200KB", time="14s", out=tmp_path / "run")
     assert not (tmp_path / "run" / "model.onnx").exists()
     assert ParityError.exit_code == 5
 
 
+def test_left_and_right_stay_apart(tmp_path: Path) -> None:
+    """Boots that point left and boots that point right: mirroring in training would make one of the other."""
+    source = open_source("demo")
+    assert isinstance(source.images, np.ndarray)
+    boots = source.images[source.labels == 9][:400, :, :, 0]
+    for name, pixels in (("left", boots[:200]), ("right", boots[200:, :, ::-1])):
+        (tmp_path / "boots" / name).mkdir(parents=True)
+        for i, picture in enumerate(pixels):
+            Image.fromarray(picture).save(tmp_path / "boots" / name / f"{i}.png")
+    run = flyweight.fit(tmp_path / "boots", "size<=300KB", time="24s", out=tmp_path / "run")
+    assert run.result["test"]["top1"] > 0.8
+    (winner,) = (r for r in read_records(run.folder / "records.jsonl") if r["kind"] == "winner")
+    assert winner["flip"] is False
+
+
 def test_cifar10_and_fashion_mnist_open(real_data: Path, fashion_mnist: Path, tmp_path: Path) -> None:
-    for data, shape in ((f"cifar10:{real_data / 'cifar-10-python.tar.gz'}", (50_000, 10_000)), (f"idx:{fashion_mnist}", (60_000, 10_000))):
+    for data, shape in (
+        (f"cifar10:{real_data / 'cifar-10-python.tar.gz'}", (50_000, 10_000)),
+        (f"idx:{fashion_mnist}", (60_000, 10_000)),
+    ):
         source = open_source(data)
         assert ((source.splits == "train").sum(), (source.splits == "test").sum()) == shape
 

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
-    "ops", "net", "blocks", "zoo", "create", "graph", "fold", "costs", "weights", "train", "export", "bench", "compress",
-    "search", "stages", "fitting", "cli",
+    "ops", "net", "blocks", "zoo", "create", "graph", "fold", "costs", "weights", "train", "export", "bench",
+    "compress", "search", "stages", "fitting", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}

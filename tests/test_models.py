@@ -60,7 +60,9 @@ def test_params_equal_the_reference(name: str, params: int) -> None:
     assert cost(name).params == params
 
 
-@pytest.mark.parametrize(("name", "params", "macs"), [("mobilenet_v1_cifar", 2_142_026, 29_282_304), ("resnet20_cifar", 272_474, 40_813_184)])
+@pytest.mark.parametrize(
+    ("name", "params", "macs"), [("mobilenet_v1_cifar", 2_142_026, 29_282_304), ("resnet20_cifar", 272_474, 40_813_184)]
+)
 def test_small_forms_equal_the_reference(name: str, params: int, macs: int) -> None:
     counted = cost(name, num_classes=10)
     assert (counted.params, counted.macs) == (params, macs)
@@ -89,7 +91,9 @@ def test_leaves_are_known_and_shapes_are_those_of_a_run(name: str) -> None:
     assert {type(node.leaf) for node in graph.nodes} <= set(MACS)
     seen: dict[str, tuple[int, ...]] = {}
     for node in graph.nodes:
-        node.leaf.register_forward_hook(lambda leaf, args, out, path=node.path: seen.__setitem__(path, tuple(out.shape[1:])))
+        node.leaf.register_forward_hook(
+            lambda leaf, args, out, path=node.path: seen.__setitem__(path, tuple(out.shape[1:]))
+        )
     net(torch.zeros(1, *graph.input_shape))
     assert seen == {node.path: node.shape for node in graph.nodes}
 

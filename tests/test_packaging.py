@@ -44,7 +44,13 @@ def test_the_module_runs_as_a_command() -> None:
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
-    patterns = ("flyweight/**/*.py", "flyweight/**/*.jinja", "flyweight/**/*.css", "flyweight/demo/*", "flyweight/py.typed")
+    patterns = (
+        "flyweight/**/*.py",
+        "flyweight/**/*.jinja",
+        "flyweight/**/*.css",
+        "flyweight/demo/*",
+        "flyweight/py.typed",
+    )
     expected = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in ROOT.glob(pattern)}
     assert {"flyweight/py.typed", "flyweight/demo/classes.txt", "flyweight/demo/LICENSE"} <= expected
     with zipfile.ZipFile(wheel) as archive:

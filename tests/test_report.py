@@ -17,6 +17,7 @@ from PIL import Image
 
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.report import page, plots, write_report
+from flyweight.report.records import load
 from flyweight.units import (
     DASH,
     MINUS,
@@ -28,7 +29,6 @@ from flyweight.units import (
     percent,
     points,
 )
-from flyweight.report.records import load
 
 FASHION = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 SECTIONS = ["budget", "race", "training", "precision", "parity", "classes", "mistakes", "layers", "data", "use"]

@@ -1,9 +1,11 @@
 """The budget's grammar, the candidates, and successive halving."""
 
+from itertools import pairwise
+
 import pytest
 
-from flyweight.compress.precision import FLOAT, Variant, choose
 from flyweight.bench.measure import Latency
+from flyweight.compress.precision import FLOAT, Variant, choose
 from flyweight.errors import UsageError
 from flyweight.search.budget import Budget, Limit, parse_time
 from flyweight.search.space import candidates, estimate_cost, input_sizes, ranked, screen
@@ -39,11 +41,12 @@ def test_several_limits_in_one_string_or_several() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", " , ", "latency", "latency<=", "latency<=2", "latency>=2ms", "latency=2ms", "speed<=2ms", "size<=2ms", "size<=-1KB",
-     "size<=0KB", "size<=1.2.3KB", "accuracy<=90%", "accuracy>=101%", "size<=1KB, size<=2KB", "macs<=1MB", "latency<=nanms"],
+    ["", " , ", "latency", "latency<=", "latency<=2", "latency>=2ms", "latency=2ms", "speed<=2ms", "size<=2ms",
+     "size<=-1KB", "size<=0KB", "size<=1.2.3KB", "accuracy<=90%", "accuracy>=101%", "size<=1KB, size<=2KB",
+     "macs<=1MB", "latency<=nanms"],
 )  # fmt: skip
 def test_a_bad_budget_shows_the_grammar(text: str) -> None:
-    with pytest.raises(UsageError, match="latency<=2ms|once"):
+    with pytest.raises(UsageError, match=r"latency<=2ms|once"):
         Budget.parse(text)
 
 
@@ -56,7 +59,9 @@ def test_verdicts_and_excess() -> None:
     assert budget.excess({}) == 0
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", 45), (30, 30), ("2min", 120)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("90s", 90), ("10m", 600), ("1.5h", 5400), ("45", 45), (30, 30), ("2min", 120)]
+)
 def test_times_are_read(text: str | float, seconds: float) -> None:
     assert parse_time(text) == seconds
 
@@ -69,7 +74,14 @@ def test_bad_times_are_refused(text: str | float) -> None:
 
 @pytest.mark.parametrize(
     ("native", "sizes"),
-    [((32, 32), (24, 32)), ((28, 28), (20, 28)), ((16, 16), (16,)), ((50, 70), (50,)), ((224, 300), (64, 96, 128, 160)), ((100, 120), (64, 96))],
+    [
+        ((32, 32), (24, 32)),
+        ((28, 28), (20, 28)),
+        ((16, 16), (16,)),
+        ((50, 70), (50,)),
+        ((224, 300), (64, 96, 128, 160)),
+        ((100, 120), (64, 96)),
+    ],
 )
 def test_input_sizes_never_enlarge_small_pictures(native: tuple[int, int], sizes: tuple[int, ...]) -> None:
     assert input_sizes(native) == sizes
@@ -81,7 +93,9 @@ def test_every_family_competes_and_every_candidate_can_be_costed() -> None:
         estimate_cost(candidate)
         assert candidate.status == "not tried", candidate.why
         assert candidate.cost is not None
-    assert {c.spec.family for c in pool if c.spec.input[1] == 64} == {c.spec.family for c in pool if c.spec.input[1] == 24}
+    assert {c.spec.family for c in pool if c.spec.input[1] == 64} == {
+        c.spec.family for c in pool if c.spec.input[1] == 24
+    }
     assert len({c.name for c in pool}) == len(pool)
     assert len({c.spec.family for c in pool}) >= 4
 
@@ -114,7 +128,7 @@ def test_a_plan_fits_the_time_and_halves(count: int, seconds: float) -> None:
     assert sum(rung.candidates * rung.seconds for rung in rungs) == pytest.approx(seconds)
     assert rungs[0].candidates <= count
     assert rungs[0].seconds >= 5
-    for this, following in zip(rungs, rungs[1:], strict=False):
+    for this, following in pairwise(rungs):
         assert following.seconds == pytest.approx(2 * this.seconds)
         assert following.candidates == -(-this.candidates // 2)
 
@@ -139,7 +153,9 @@ def test_halving_finds_the_best_of_those_tried() -> None:
 
 
 def variant(name: str, accuracy: float, ms: float, excess: float = 0.0) -> Variant:
-    return Variant(name, b"x" * (400 if name == FLOAT else 100), Latency(ms, ms, ms, "onnxruntime", 1, 9), accuracy, {}, excess)
+    return Variant(
+        name, b"x" * (400 if name == FLOAT else 100), Latency(ms, ms, ms, "onnxruntime", 1, 9), accuracy, {}, excess
+    )
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,16 @@ def job(splits, seed: int = 0, epochs: float = 1.0, images: int = 1024, **change
     data = splits.train.subset(np.arange(images))
     recipe = replace(recipe_for(28), learning_rate=0.05, batch_size=64, **changes)
     preprocess = Preprocess.of(data.batch(28))
-    return Training(net, data, splits.validation.subset(np.arange(200)), preprocess, recipe, Clock(epochs=epochs), seed, mode="float32")
+    return Training(
+        net,
+        data,
+        splits.validation.subset(np.arange(200)),
+        preprocess,
+        recipe,
+        Clock(epochs=epochs),
+        seed,
+        mode="float32",
+    )
 
 
 @pytest.mark.parametrize("pixels", [0, 2, 4])

@@ -39,7 +39,9 @@ def _timed(run: Run, image: np.ndarray, seconds: float, least: int) -> list[floa
     return times
 
 
-def latencies(models: Sequence[bytes], image: np.ndarray, threads: int, seconds: float = 0.5, rounds: int = 5) -> list[Latency]:
+def latencies(
+    models: Sequence[bytes], image: np.ndarray, threads: int, seconds: float = 0.5, rounds: int = 5
+) -> list[Latency]:
     """The latency of each ONNX model for one picture, uint8 [1, H, W, C], `seconds` each, in interleaved rounds."""
     runs = [engine.load(model, threads) for model in models]
     for run in runs:

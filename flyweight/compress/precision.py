@@ -78,7 +78,9 @@ def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:
         return full
     faster = full.latency.p50 / int8.latency.p50
     smaller = len(full.model) / len(int8.model)
-    int8.why = f"shipped: {faster:.1f} times faster and {smaller:.1f} times smaller than float32 at {-100 * loss:+.2f} points"
+    int8.why = (
+        f"shipped: {faster:.1f} times faster and {smaller:.1f} times smaller than float32 at {-100 * loss:+.2f} points"
+    )
     return int8
 
 
@@ -87,6 +89,6 @@ def _compared(variant: Variant, chosen: Variant) -> str:
     return f"{points:+.2f} points and {variant.latency.p50 / chosen.latency.p50:.2f} times the time of what ships"
 
 
-def calibration_sample(n: int, seed: int, most: int = 256) -> np.ndarray:
+def calibration_sample(n: int, seed: int, most: int) -> np.ndarray:
     """Positions of up to `most` training pictures, seeded and sorted."""
     return np.sort(np.random.default_rng(seed).permutation(n)[:most])

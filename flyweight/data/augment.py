@@ -1,4 +1,4 @@
-"""Random variation of whole batches on the CPU: uint8 [N, H, W, C] → float32 [N, C, H, W], channels-last, normalised."""
+"""Random variation of batches on the CPU: uint8 [N, H, W, C] → float32 [N, C, H, W], channels-last, normalised."""
 
 import math
 
@@ -31,7 +31,7 @@ def _shifted(n: int, length: int, pixels: int, rng: torch.Generator) -> Tensor:
 def zoom_and_turn(images: Tensor, smallest_area: float, flip: bool, rng: torch.Generator) -> Tensor:
     """Random crops of photographs: area in [`smallest_area`, 1], aspect in [3/4, 4/3], up to 15° turned, half mirrored.
 
-    float [N, C, H, W] → the same size, bilinear, borders reflected (GoogLeNet's training crops, arXiv:1409.4842, section 6).
+    float [N, C, H, W] → the same size, bilinear, borders reflected (GoogLeNet's crops, arXiv:1409.4842, section 6).
     """
     n = len(images)
 
@@ -51,7 +51,7 @@ def zoom_and_turn(images: Tensor, smallest_area: float, flip: bool, rng: torch.G
 
 
 def tone(images: Tensor, strength: float, rng: torch.Generator) -> Tensor:
-    """Random brightness and contrast per picture, and per channel a little of both: normalised float [N, C, H, W] → the same."""
+    """Random brightness and contrast per picture, a little per channel: normalised float [N, C, H, W] → the same."""
     n, c = images.shape[:2]
 
     def spread(*shape: int) -> Tensor:
@@ -62,7 +62,7 @@ def tone(images: Tensor, strength: float, rng: torch.Generator) -> Tensor:
 
 
 def cutout(images: Tensor, share: float, rng: torch.Generator) -> Tensor:
-    """Sets a square of `share` of the side, at a random place, to the mean (zero): normalised float [N, C, H, W] → the same."""
+    """Sets a random square, `share` of the side, to the mean (zero): normalised float [N, C, H, W] → the same."""
     n, _, height, width = images.shape
     half = share / 2
     masks = []

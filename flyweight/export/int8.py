@@ -1,4 +1,4 @@
-"""Static int8: a float ONNX model with quantise–dequantise pairs, calibrated on training pictures (arXiv:1712.05877)."""
+"""Static int8: a float ONNX model with quantise–dequantise pairs, calibrated on training data (arXiv:1712.05877)."""
 
 import logging
 import tempfile
@@ -51,7 +51,9 @@ def quantise(model: onnx.ModelProto, images: np.ndarray, scheme: Scheme) -> onnx
         source, path = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
         source.write_bytes(model.SerializeToString())
         level = logging.getLogger().level
-        logging.getLogger().setLevel(logging.ERROR)  # the quantiser advises a preprocessing that this graph does not need
+        logging.getLogger().setLevel(
+            logging.ERROR
+        )  # the quantiser advises a preprocessing that this graph does not need
         try:
             ort.quantize_static(
                 source,
@@ -62,8 +64,20 @@ def quantise(model: onnx.ModelProto, images: np.ndarray, scheme: Scheme) -> onnx
                 activation_type=activation,
                 weight_type=QuantType.QInt8,
                 calibrate_method=CalibrationMethod.MinMax,
-                op_types_to_quantize=["Conv", "Gemm", "Add", "Concat", "Relu", "Clip", "MaxPool", "AveragePool",
-                                      "GlobalAveragePool", "Reshape", "Transpose", "Flatten"],
+                op_types_to_quantize=[
+                    "Conv",
+                    "Gemm",
+                    "Add",
+                    "Concat",
+                    "Relu",
+                    "Clip",
+                    "MaxPool",
+                    "AveragePool",
+                    "GlobalAveragePool",
+                    "Reshape",
+                    "Transpose",
+                    "Flatten",
+                ],
                 extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
             )
         finally:
@@ -76,7 +90,7 @@ def quantise(model: onnx.ModelProto, images: np.ndarray, scheme: Scheme) -> onnx
 
 
 def _take_pixels_as_they_are(model: onnx.ModelProto) -> None:
-    """Drops the requantisation of pixels that the graph's first DequantizeLinear has already placed on a uint8 scale."""
+    """Drops the requantisation of pixels that the first DequantizeLinear has already placed on a uint8 scale."""
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:

@@ -1,8 +1,8 @@
 """A network as one ONNX file: uint8 pictures in, calibrated probabilities out, normalisation inside.
 
 Written straight from the traced graph, one rule per leaf class: the same walk that counts the cost, a few milliseconds
-instead of the seconds of a general exporter (so latency can be measured before anything is trained), short names, and an
-operation without a rule fails by name.
+instead of the seconds of a general exporter (so latency can be measured before anything is trained), short names, and
+an operation without a rule fails by name.
 """
 
 import json
@@ -40,7 +40,7 @@ class Writer:
         self.nodes.append(helper.make_node(op, list(inputs), [output], **attributes))
         return output
 
-    def constant(self, value: np.ndarray | torch.Tensor) -> str:
+    def constant(self, value: np.ndarray | np.generic | torch.Tensor) -> str:
         """Stores a tensor in the file and returns its name."""
         array = value.detach().cpu().numpy() if isinstance(value, torch.Tensor) else value
         name = f"c{len(self.constants)}"
@@ -55,7 +55,7 @@ def _pair(value: int | tuple[int, ...]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-def _window(leaf: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> dict[str, list[int]]:
+def _window(leaf: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
     pad = _pair(leaf.padding)  # type: ignore[arg-type]
     return {"kernel_shape": _pair(leaf.kernel_size), "strides": _pair(leaf.stride), "pads": pad + pad}
 
@@ -106,7 +106,9 @@ RULES: dict[type[nn.Module], Rule] = {
     nn.ReLU6: _relu6,
     nn.Identity: lambda w, leaf, node, inputs: inputs[0],
     nn.Dropout: lambda w, leaf, node, inputs: inputs[0],
-    nn.MaxPool2d: lambda w, leaf, node, inputs: w.add("MaxPool", *inputs, ceil_mode=int(leaf.ceil_mode), **_window(leaf)),
+    nn.MaxPool2d: lambda w, leaf, node, inputs: w.add(
+        "MaxPool", *inputs, ceil_mode=int(leaf.ceil_mode), **_window(leaf)
+    ),
     nn.AvgPool2d: _avg_pool,
     ops.Add: _add,
     ops.Cat: lambda w, leaf, node, inputs: w.add("Concat", *inputs, axis=1),
@@ -119,14 +121,16 @@ RULES: dict[type[nn.Module], Rule] = {
 def _write_leaf(w: Writer, node: Node, inputs: list[str]) -> str:
     rule = RULES.get(type(node.leaf))
     if rule is None:
-        raise GraphError(f"{node.path} is a {type(node.leaf).__name__}, which has no ONNX rule; add one to export.onnx.RULES")
+        raise GraphError(
+            f"{node.path} is a {type(node.leaf).__name__}, which has no ONNX rule; add one to export.onnx.RULES"
+        )
     return rule(w, node.leaf, node, inputs)
 
 
 def _normalise(w: Writer, preprocess: Preprocess) -> str:
     """uint8 [N, H, W, C] → (pixel − mean) / std as [N, C, H, W].
 
-    One whole-numbered mean and one deviation for all channels are exactly what DequantizeLinear computes: an int8 network
+    One whole-numbered mean and one deviation for all channels are just what DequantizeLinear computes: an int8 network
     then takes the pixels as they are, where a subtraction and a multiplication can cost more than the network itself.
     """
     x = w.add("Transpose", "image", perm=[0, 3, 1, 2])
@@ -141,8 +145,8 @@ def _normalise(w: Writer, preprocess: Preprocess) -> str:
 def export(net: nn.Module, preprocess: Preprocess, classes: Sequence[str], temperature: float = 1.0) -> onnx.ModelProto:
     """The network (batch normalisation folded) as an ONNX model.
 
-    Input `image` uint8 [N, H, W, C]; output `probabilities` float32 [N, classes] = softmax(logits / temperature). Raises
-    GraphError for a leaf class without a rule.
+    Input `image` uint8 [N, H, W, C]; output `probabilities` float32 [N, classes] = softmax(logits / temperature).
+    Raises GraphError for a leaf class without a rule.
     """
     height, width = preprocess.size
     shape = (preprocess.channels, height, width)

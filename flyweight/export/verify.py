@@ -1,4 +1,4 @@
-"""The parity gate: the exported file must answer as the trained network does, on real pictures, from their raw bytes."""
+"""The parity gate: the exported file must answer as the trained network does, on real pictures from raw bytes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -51,8 +51,8 @@ def raw_batches(data: Dataset, preprocess: Preprocess) -> Iterator[np.ndarray]:
 def compare(reference: np.ndarray, exported: np.ndarray, labels: np.ndarray, is_float: bool) -> Parity:
     """The gate over answers [N] of the trained network and of the exported file.
 
-    float32: at least 99.9 % equal answers. int8: accuracy lower by at most one point, or by what the paired 95 % interval
-    cannot tell from nothing, whichever is more.
+    float32: at least 99.9 % equal answers. int8: accuracy lower by at most one point, or by what the paired 95 %
+    interval cannot tell from nothing, whichever is more.
     """
     right, right_too = reference == labels, exported == labels
     difference = right_too.astype(float) - right.astype(float)
@@ -73,7 +73,7 @@ def compare(reference: np.ndarray, exported: np.ndarray, labels: np.ndarray, is_
 
 
 def temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """The temperature that minimises the cross-entropy of softmax(logits / T) (Guo et al., arXiv:1706.04599, section 4.2).
+    """The T that minimises the cross-entropy of softmax(logits / T) (Guo et al., arXiv:1706.04599, section 4.2).
 
     Found by golden-section search over log T in [−3, 3], on which the loss has one minimum in 1 / T.
     """

@@ -11,8 +11,8 @@ import jinja2
 from markupsafe import Markup
 
 from flyweight.report import plots
-from flyweight.units import DASH, TIMES, human_bytes, human_count, human_ms, human_seconds, percent, points
 from flyweight.report.records import Candidate, Epoch, FinishedRun, Record, picture_size
+from flyweight.units import DASH, TIMES, human_bytes, human_count, human_ms, human_seconds, percent, points
 
 _LIMITS = {  # as they stand within a sentence
     "latency": "latency",

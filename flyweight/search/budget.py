@@ -62,7 +62,7 @@ class Budget:
 
     @classmethod
     def parse(cls, texts: str | Iterable[str]) -> "Budget":
-        """Reads one string or several, each a comma-separated list of limits. Raises UsageError, which shows the grammar."""
+        """Reads one string or several of comma-separated limits. Raises UsageError, which shows the grammar."""
         joined = texts if isinstance(texts, str) else ",".join(texts)
         limits = [_parse_limit(text) for text in joined.split(",") if text.strip()]
         if not limits:
@@ -80,7 +80,13 @@ class Budget:
     def check(self, measured: Mapping[str, float]) -> list[dict[str, Any]]:
         """A verdict for each limit whose name is measured: `{name, op, limit, measured, met}`."""
         return [
-            {"name": li.name, "op": li.op, "limit": li.value, "measured": measured[li.name], "met": li.met(measured[li.name])}
+            {
+                "name": li.name,
+                "op": li.op,
+                "limit": li.value,
+                "measured": measured[li.name],
+                "met": li.met(measured[li.name]),
+            }
             for li in self.limits
             if li.name in measured
         ]

@@ -70,8 +70,10 @@ class Candidate:
 
 
 def input_sizes(native: tuple[int, int]) -> tuple[int, ...]:
-    """The square input sizes worth trying for pictures of `native` (height, width): their own and about three quarters of
-    it for small ones, three common sizes up to their own for photographs."""
+    """The square input sizes worth trying for pictures of `native` (height, width).
+
+    For small ones their own and about three quarters of it, for photographs three common sizes up to their own.
+    """
     side = min(native)
     if side <= SMALL:
         smaller = round(side * 0.75 / 4) * 4
@@ -103,7 +105,7 @@ def estimate_cost(candidate: Candidate) -> None:
 
 
 def screen(candidate: Candidate, budget: Budget) -> None:
-    """Drops a candidate that its cost alone rules out: MACs, parameters, memory, or more weights than the file may have bytes."""
+    """Drops what its cost alone rules out: MACs, parameters, memory, or more weights than the file may have bytes."""
     if candidate.cost is None:
         return
     measured = candidate.measured()
@@ -123,6 +125,7 @@ def ranked(pool: Sequence[Candidate], ideal_macs: float) -> list[Candidate]:
 
     `ideal_macs` is what the time given can train well; below it capacity is lost, above it epochs.
     """
+
     def distance(candidate: Candidate) -> float:
         ratio = max(candidate.macs, 1) / ideal_macs
         return max(ratio, 1 / ratio)

@@ -34,7 +34,7 @@ def plan(candidates: int, seconds: float, shortest: float) -> list[Rung]:
 
 
 def halve(pool: Sequence[T], rungs: Sequence[Rung], evaluate: Callable[[T, int, float], float | None]) -> list[T]:
-    """Runs the rungs over the pool, best first in and best first out; `evaluate(candidate, rung, seconds)` gives a score.
+    """Runs the rungs over the pool, best first in and out; `evaluate(candidate, rung, seconds)` gives a score.
 
     A score of None takes the candidate out. What was beaten in an earlier rung stands behind what went further.
     """

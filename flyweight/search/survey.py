@@ -1,4 +1,4 @@
-"""Before anything is trained: which candidates can meet the budget, by exact cost and by measuring their exported graphs."""
+"""Before training: which candidates can meet the budget, by exact cost and by measuring their exported graphs."""
 
 from collections.abc import Sequence
 
@@ -39,7 +39,7 @@ def measure(candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, 
 
 
 def judge(candidate: Candidate, budget: Budget) -> None:
-    """Drops a measured candidate that breaks a limit, or keeps its latency so barely that the next measurement may not."""
+    """Drops a measured candidate that breaks a limit, or keeps its latency so barely that the next run may not."""
     known = candidate.measured()
     broken = budget.broken(known)
     limit = budget.limit("latency")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class Ema:
@@ -19,7 +19,7 @@ class Ema:
     def update(self, step: int, every: int) -> None:
         """Moves the average towards the weights after `step` steps, of which it sees each `every`-th."""
         weight = min(1.0, every / max(1.0, self.share * step))
-        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)
+        torch._foreach_lerp_(list(self.average.values()), list(self.live.values()), weight)  # pyright: ignore[reportPrivateImportUsage]
 
     @contextmanager
     def applied(self) -> Iterator[None]:

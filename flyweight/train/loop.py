@@ -21,6 +21,7 @@ from flyweight.train.recipe import SMALL, Recipe, rate
 
 EMA_EVERY = 4
 CHECK_EVERY = 20
+SCORED_AT_ONCE = 250
 REPORT_EVERY = 0.04  # of the training: scoring after each of many short epochs would cost more than it tells
 CHECKPOINT_SECONDS = 15.0
 
@@ -103,14 +104,15 @@ def augmented(images: Tensor, preprocess: Preprocess, recipe: Recipe, rng: torch
 
 
 @torch.no_grad()
-def logits(net: nn.Module, data: Dataset, preprocess: Preprocess, batch: int = 250) -> Tensor:
-    """float32 [N, classes] for all pictures, in evaluation mode, without augmentation."""
+def logits(net: nn.Module, data: Dataset, preprocess: Preprocess, mirror: bool = False) -> Tensor:
+    """float32 [N, classes] for all pictures (or their mirror images), in evaluation mode, without augmentation."""
     training = net.training
     net.eval()
     out = []
-    for start in range(0, len(data), batch):
-        indices = np.arange(start, min(start + batch, len(data)))
-        out.append(net(normalise(torch.from_numpy(data.batch(preprocess.size[0], indices)), preprocess)).float())
+    for start in range(0, len(data), SCORED_AT_ONCE):
+        indices = np.arange(start, min(start + SCORED_AT_ONCE, len(data)))
+        x = normalise(torch.from_numpy(data.batch(preprocess.size[0], indices)), preprocess)
+        out.append(net(x.flip(3) if mirror else x).float())
     net.train(training)
     return torch.cat(out)
 
@@ -191,8 +193,8 @@ class _State:
 def train(job: Training) -> Trained:
     """Trains until the clock has run out and leaves the averaged weights in the network, in evaluation mode.
 
-    Takes up `job.checkpoint` where it exists; writes it again every few seconds and when interrupted. Raises Diverged when
-    the loss is not finite.
+    Takes up `job.checkpoint` where it exists; writes it again every few seconds and when interrupted. Raises Diverged
+    when the loss is not finite.
     """
     keep_freed_memory()
     set_threads()
@@ -212,7 +214,9 @@ def train(job: Training) -> Trained:
                 job.progress(progress)
                 losses.append(_step(job, state, indices, rate(job.recipe, progress)))
                 if state.step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
-                    raise Diverged(f"the loss became {losses[-1].item()} after {state.step} steps; lower the learning rate")
+                    raise Diverged(
+                        f"the loss became {losses[-1].item()} after {state.step} steps; lower the learning rate"
+                    )
                 if state.epochs >= epoch + 1 and progress >= reported + REPORT_EVERY:
                     epoch, reported = int(state.epochs), progress
                     _report(job, state, progress, losses)

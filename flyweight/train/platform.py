@@ -19,7 +19,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
 @cache
 def keep_freed_memory() -> None:
-    """Tells glibc to keep what is freed: by default every large activation costs a page fault per 4 KB, most of a step's time."""
+    """Tells glibc to keep freed memory: else large activations cost a page fault per 4 KB, most of a step's time."""
     if sys.platform != "linux":
         return
     try:
@@ -54,7 +54,7 @@ def _float_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 def precision(net: nn.Module, name: str) -> Iterator[None]:
     """Within it the network computes in `name`: "float32", or "bfloat16" in its ungrouped convolutions.
 
-    Grouped convolutions stay in float32, since their bfloat16 kernels on CPUs are many times slower; so does the last layer.
+    Grouped convolutions, whose bfloat16 kernels on CPUs are many times slower, and the last layer stay in float32.
     """
     changed: list[nn.Module] = []
     if name == "bfloat16":
@@ -76,7 +76,7 @@ def precision(net: nn.Module, name: str) -> Iterator[None]:
 def faster_precision(net: nn.Module, step: Callable[[], None]) -> str:
     """The precision in which `step` (a training step of `net`) runs faster here, by a few interleaved runs of each."""
     seconds = dict.fromkeys(("float32", "bfloat16"), float("inf"))
-    for _ in range(3):
+    for _ in range(2):
         for name in seconds:
             with precision(net, name):
                 start = time.perf_counter()

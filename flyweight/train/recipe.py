@@ -24,7 +24,7 @@ class Recipe:
     label_smoothing: float = 0.1
     """Share of the target spread over all classes (arXiv:1512.00567, section 7)."""
     ema: float = 0.02
-    """The averaged weights forget over this share of the training so far; they are the ones that are evaluated and kept."""
+    """The averaged weights forget over this share of the training so far; they are what is evaluated and kept."""
     shift: int = 4
     """Small pictures: largest shift in pixels, the border reflected."""
     zoom: float = 0.35

@@ -1,4 +1,4 @@
-"""The families, one file each. The directory is the registry: a file here with `build` and `VARIANTS` is in every list and test."""
+"""The families, one file each, and the registry: a file here with `build` and `VARIANTS` is in every list and test."""
 
 from functools import cache
 from importlib import import_module

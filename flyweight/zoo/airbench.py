@@ -42,7 +42,7 @@ class Head(nn.Module):
 def build(
     num_classes: int = 1000, in_chans: int = 3, width: float = 1.0, drop_rate: float = 0.0, stem: str = "cifar"
 ) -> Net:
-    """airbench94; `stem` "cifar" (2 × 2, stride 1) or "photo" (two 3 × 3 of stride 2, for pictures of 64 pixels and more)."""
+    """airbench94; `stem` "cifar" (2 × 2, stride 1) or "photo" (two 3 × 3 of stride 2, for 64 pixels and more)."""
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "cifar":
         stages["stem"] = nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, FIRST, 2), act=relu()))

@@ -1,4 +1,7 @@
-"""MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications (Howard et al., arXiv:1704.04861)."""
+"""MobileNets: Efficient Convolutional Neural Networks for Mobile Vision Applications.
+
+Howard et al., arXiv:1704.04861.
+"""
 
 from collections import OrderedDict
 

@@ -1,4 +1,7 @@
-"""ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices (Zhang et al., arXiv:1707.01083)."""
+"""ShuffleNet: An Extremely Efficient Convolutional Neural Network for Mobile Devices.
+
+Zhang et al., arXiv:1707.01083.
+"""
 
 from collections import OrderedDict
 
@@ -27,7 +30,7 @@ def build(
     stem: str = "imagenet",
     groups: int = 3,
 ) -> Net:
-    """ShuffleNet V1; `width` is the paper's s in "ShuffleNet s×"; `stem` "imagenet" (stride 4) or "cifar" (stride 1)."""
+    """ShuffleNet V1; `width`: the paper's s in "ShuffleNet s×"; `stem` "imagenet" (stride 4) or "cifar" (stride 1)."""
     channels = round_channels(24 * width, groups)
     stages: OrderedDict[str, nn.Module] = OrderedDict()
     if stem == "imagenet":
@@ -45,6 +48,8 @@ def build(
     return Net(stages, Classifier(channels, num_classes, drop_rate))
 
 
-VARIANTS = {f"shufflenet_v1_g{g}": {"groups": g} for g in STAGES} | {"shufflenet_v1_g3_small": {"groups": 3, "stem": "cifar"}}
+VARIANTS = {f"shufflenet_v1_g{g}": {"groups": g} for g in STAGES} | {
+    "shufflenet_v1_g3_small": {"groups": 3, "stem": "cifar"}
+}
 CANDIDATES = {"large": ("shufflenet_v1_g3",), "small": ("shufflenet_v1_g3_small",)}
 WIDTHS = (0.25, 0.5, 0.75, 1.0)

@@ -1,4 +1,7 @@
-"""SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size (Iandola et al., arXiv:1602.07360)."""
+"""SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size.
+
+Iandola et al., arXiv:1602.07360.
+"""
 
 from collections import OrderedDict
 from functools import partial
@@ -10,7 +13,19 @@ from flyweight.net import Net
 from flyweight.ops import round_channels
 
 # Squeeze and expand (1 × 1 and 3 × 3 alike) channels of the fire modules; "pool" is a 3 × 3 max-pool of stride 2.
-ROWS_1_1 = ["pool", (16, 64), (16, 64), "pool", (32, 128), (32, 128), "pool", (48, 192), (48, 192), (64, 256), (64, 256)]
+ROWS_1_1 = [
+    "pool",
+    (16, 64),
+    (16, 64),
+    "pool",
+    (32, 128),
+    (32, 128),
+    "pool",
+    (48, 192),
+    (48, 192),
+    (64, 256),
+    (64, 256),
+]
 
 
 def conv_act(in_channels: int, out_channels: int, kernel: int) -> nn.Module:

@@ -20,4 +20,4 @@ def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
 def load(model: bytes, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     """A function from uint8 [N, H, W, C] to probabilities [N, classes]."""
     run = session(model, threads).run
-    return lambda images: run(None, {"image": images})[0]
+    return lambda images: np.asarray(run(None, {"image": images})[0])
