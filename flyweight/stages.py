@@ -305,7 +305,9 @@ def train_winner(work: Work, winner: Candidate) -> tuple[Net, Preprocess]:
             break
         except Diverged as error:
             if len(restarts) == MOST_RESTARTS:
-                raise FlyweightError(f"training {winner.name} diverges at every learning rate tried: {error}") from error
+                raise FlyweightError(
+                    f"training {winner.name} diverges at every learning rate tried: {error}"
+                ) from error
             job.checkpoint.unlink(missing_ok=True)
             left = max(0.3 * seconds, seconds - job.clock.spent)
             work.records.write("restart", name=winner.name, seconds=round(left, 1), why=str(error))

@@ -86,6 +86,8 @@ def quantise(model: onnx.ModelProto, images: np.ndarray, scheme: Scheme) -> onnx
     if not scheme.signed:
         _take_pixels_as_they_are(quantised)
     _shorten(quantised)
+    del quantised.metadata_props[:]
+    quantised.metadata_props.extend(model.metadata_props)  # without the notes of the quantiser
     return quantised
 
 

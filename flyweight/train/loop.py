@@ -16,7 +16,13 @@ from flyweight.errors import FlyweightError
 from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from flyweight.train.ema import Ema
-from flyweight.train.platform import faster_precision, keep_freed_memory, precision, set_threads
+from flyweight.train.platform import (
+    faster_precision,
+    interrupts_between_steps,
+    keep_freed_memory,
+    precision,
+    set_threads,
+)
 from flyweight.train.recipe import SMALL, Recipe, rate
 
 EMA_EVERY = 4
@@ -140,6 +146,10 @@ class _State:
         self.ema = Ema(job.net, job.recipe.ema)
         self.rng = torch.Generator().manual_seed(job.seed)
         self.order = np.random.default_rng(job.seed)
+        self.epoch_order = self.order.bit_generator.state  # as it was before this epoch's permutation was drawn
+        self.position = 0  # batches of this epoch that are done
+        self.figures: tuple[float, float] | None = None  # accuracy and loss when last reported
+        self.whole = True  # not in the middle of a step
         self.step = 0
         self.seen = 0
         self.saved = time.perf_counter()
@@ -165,7 +175,8 @@ class _State:
             "seen": self.seen,
             "spent": self.job.clock.spent,
             "mode": self.job.mode,
-            "order": self.order.bit_generator.state,
+            "order": self.epoch_order,
+            "position": self.position,
         }
         save_checkpoint(self.job.checkpoint, {**self._tensors(), "rng": self.rng.get_state()}, values)
         self.saved = time.perf_counter()
@@ -179,15 +190,17 @@ class _State:
         restore(self._tensors(), stored)
         self.step, self.seen, self.job.mode = values["step"], values["seen"], values["mode"]
         self.job.clock.spent = values["spent"]
-        self.order.bit_generator.state = values["order"]
+        self.order.bit_generator.state, self.position = values["order"], values["position"]
 
     def batches(self) -> Iterator[np.ndarray]:
         """Random batches without end; each epoch is a fresh permutation, its incomplete last batch dropped."""
         n, size = len(self.job.data), min(self.job.recipe.batch_size, len(self.job.data))
         while True:
+            self.epoch_order = self.order.bit_generator.state
             order = self.order.permutation(n)
-            for start in range(0, n - size + 1, size):
-                yield order[start : start + size]
+            while self.position < n // size:
+                yield order[self.position * size : (self.position + 1) * size]
+            self.position = 0
 
 
 def train(job: Training) -> Trained:
@@ -206,31 +219,34 @@ def train(job: Training) -> Trained:
     losses: list[Tensor] = []
     epoch, reported = int(state.epochs), 0.0
     try:
-        with precision(net, job.mode):
+        with precision(net, job.mode), interrupts_between_steps() as check:
             for indices in state.batches():
                 progress = job.clock.progress(state.epochs)
                 if progress >= 1:
                     break
                 job.progress(progress)
                 losses.append(_step(job, state, indices, rate(job.recipe, progress)))
+                check()
                 if state.step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
                     raise Diverged(
                         f"the loss became {losses[-1].item()} after {state.step} steps; lower the learning rate"
                     )
                 if state.epochs >= epoch + 1 and progress >= reported + REPORT_EVERY:
                     epoch, reported = int(state.epochs), progress
-                    _report(job, state, progress, losses)
+                    state.figures = _report(job, state, progress, losses)
                     losses = []
                 if time.perf_counter() - state.saved > CHECKPOINT_SECONDS:
                     state.save()
     except KeyboardInterrupt:
-        state.save()
+        if state.whole:
+            state.save()
         raise
     return _finish(job, state, losses)
 
 
 def _step(job: Training, state: _State, indices: np.ndarray, learning_rate: float) -> Tensor:
     """One step of gradient descent; returns the loss."""
+    state.whole = False
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate
     x = augmented(job.pixels(indices), job.preprocess, job.recipe, state.rng)
@@ -243,6 +259,8 @@ def _step(job: Training, state: _State, indices: np.ndarray, learning_rate: floa
     state.seen += len(indices)
     if state.step % EMA_EVERY == 0:
         state.ema.update(state.step, EMA_EVERY)
+    state.position += 1
+    state.whole = True
     return loss.detach()
 
 
@@ -282,7 +300,9 @@ def _report(job: Training, state: _State, progress: float, losses: Sequence[Tens
 
 def _finish(job: Training, state: _State, losses: Sequence[Tensor]) -> Trained:
     """Leaves the averages in the network and scores them."""
-    accuracy, loss = _report(job, state, 1.0, losses)
+    if state.figures is None or losses:  # else the last step was reported already
+        state.figures = _report(job, state, 1.0, losses)
+    accuracy, loss = state.figures
     with torch.no_grad():
         for name, live in state.ema.live.items():
             live.copy_(state.ema.average[name])

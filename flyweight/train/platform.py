@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +73,33 @@ def precision(net: nn.Module, name: str) -> Iterator[None]:
     finally:
         for leaf in changed:
             del leaf.forward
+
+
+@contextmanager
+def interrupts_between_steps() -> Iterator[Callable[[], None]]:
+    """Within it Ctrl-C and SIGTERM wait for the function it gives to be called, which then raises KeyboardInterrupt.
+
+    So a checkpoint is never written from the middle of a step. A second Ctrl-C does not wait. Only the main thread
+    receives signals; elsewhere nothing changes.
+    """
+    came: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+
+    def check() -> None:
+        if came:
+            raise KeyboardInterrupt
+
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    try:
+        yield check
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def faster_precision(net: nn.Module, step: Callable[[], None]) -> str:
