@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -27,11 +27,9 @@ def main() -> None:
     """Runs the command line; a failure is one sentence and its exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
-    except (KeyboardInterrupt, typer.Abort) as stop:  # the option parser turns the first into the second
-        _fail(str(stop.__cause__ or stop) or "interrupted", Interrupted.exit_code)
+        code = app(standalone_mode=False)  # the option parser turns an exit, and Ctrl-C, into a code of its own
+    except (KeyboardInterrupt, typer.Abort):
+        code = Interrupted.exit_code
     except FlyweightError as error:
         _fail(str(error), error.exit_code)
     except MemoryError:
@@ -40,17 +38,20 @@ def main() -> None:
         sys.stderr.close()  # the reader of our output has gone, which is not worth a word
         sys.exit(1)
     except Exception as error:
-        format_message = getattr(error, "format_message", None)
-        if format_message is None or not hasattr(error, "exit_code"):
+        message = getattr(error, "format_message", None)  # a usage error of the option parser's
+        if message is None:
             raise
-        _fail(format_message(), UsageError.exit_code)  # a usage error of the option parser's
+        _fail(message(), UsageError.exit_code)
+    if code == Interrupted.exit_code:
+        _fail("interrupted", code)
+    sys.exit(code)
 
 
 def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, code: int) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     print(f"flyweight: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -107,11 +108,14 @@ def fit(
         show_outlook(fitting.outlook(data, budget or (), time, threads), as_json)
         return
     with Progress(quiet=as_json) as progress:
-        if resume is not None:
-            run = fitting.resume(resume, progress.listen)
-        else:
-            assert data is not None
-            run = fitting.fit(data, budget or (), time, out, threads, seed, skip_corrupt, progress.listen)
+        try:
+            if resume is not None:
+                run = fitting.resume(resume, progress.listen)
+            else:
+                assert data is not None
+                run = fitting.fit(data, budget or (), time, out, threads, seed, skip_corrupt, progress.listen)
+        except Interrupted as stop:
+            _fail(str(stop), stop.exit_code)
     show_result(run, as_json)
     if not run.met:
         raise BudgetNotMet(_missed(run.result["budget"], run.folder))

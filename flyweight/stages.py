@@ -32,6 +32,7 @@ from flyweight.ship import write_card, write_json, write_model, write_network
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import recipe_for
+from flyweight.units import percent
 
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
 # final training has the rest.
@@ -226,8 +227,8 @@ def _may_mirror(work: Work, winner: Candidate) -> bool:
     straight, mirrored = record["val_top1"], record["mirrored_top1"]
     chance = 2 * (straight * (1 - straight) / len(work.splits.validation)) ** 0.5
     harmless = mirrored >= straight - max(MIRROR_LOSS, chance)
-    found = f"a network trained without it is right on {100 * straight:.1f} % of them and on {100 * mirrored:.1f} % mirrored"
-    work.records.say(f"pictures are {'' if harmless else 'not '}mirrored: {found}")
+    found = f"right on {percent(straight)} of the validation pictures and on {percent(mirrored)} of their mirror images"
+    work.records.say(f"pictures are {'' if harmless else 'not '}mirrored: without it, a network is {found}")
     return harmless
 
 

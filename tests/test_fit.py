@@ -129,7 +129,10 @@ def test_every_way_to_predict_answers_the_same(finished: tuple[flyweight.Run, Pa
     pictures = sorted(path for path in data.rglob("*") if path.is_file())[::5]
     assert len({path.suffix for path in pictures}) > 1
     answers = run.predict(pictures)
-    assert flyweight.load(run.folder).predict([Image.open(path) for path in pictures]) == answers
+    opened = [Image.open(path) for path in pictures]
+    assert flyweight.load(run.folder).predict(opened) == answers
+    for image in opened:
+        image.close()
     np.testing.assert_allclose(run.predict_proba(pictures).sum(axis=1), 1, atol=1e-5)
     alone = subprocess.run(
         [sys.executable, "-I", run.folder / "predict.py", *pictures], capture_output=True, text=True, check=True
