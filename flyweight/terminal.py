@@ -154,11 +154,14 @@ def show_outlook(outlook: "Outlook", as_json: bool) -> None:
         for candidate in outlook.pool
     ]
     print_table(rows)
-    print(f"\n{len(outlook.order)} of {len(outlook.pool)} candidates would be measured, the likeliest first:")
-    more = f", … ({len(outlook.order) - SHOWN} more)" if len(outlook.order) > SHOWN else ""
-    print("  " + ", ".join(candidate.name for candidate in outlook.order[:SHOWN]) + more)
-    if not outlook.order:
-        print("  none: the nearest to the budget would be trained and shipped with exit code 3")
+    if outlook.order:
+        more = f", … ({len(outlook.order) - SHOWN} more)" if len(outlook.order) > SHOWN else ""
+        print(f"\n{len(outlook.order)} of {len(outlook.pool)} candidates would be measured, the likeliest first:")
+        print("  " + ", ".join(candidate.name for candidate in outlook.order[:SHOWN]) + more)
+    else:
+        print(
+            f"\nnone of {len(outlook.pool)} candidates can meet the budget: the nearest would be trained (exit code 3)"
+        )
     for i, rung in enumerate(rungs, start=1):
         print(f"trial {i}: {rung['candidates']} candidates, {rung['seconds']} s each")
     print("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in outlook.seconds.items()))

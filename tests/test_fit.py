@@ -219,7 +219,7 @@ def wait_for(folder: Path, kind: str, process: subprocess.Popen[str], **values: 
 )
 def test_stopped_it_goes_on(how: signal.Signals, when: tuple[str, dict[str, object]], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = command("fit", "demo", "--budget", "size<=200KB", "--time", "40s", "--out", folder)
+    words = command("fit", "demo", "--budget", "size<=200KB", "--time", "26s", "--out", folder)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(folder, when[0], process, **when[1])
     process.send_signal(how)

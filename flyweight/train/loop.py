@@ -1,5 +1,6 @@
 """The training loop: one readable function over data, a recipe and a clock."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -284,6 +285,8 @@ def _report(job: Training, state: _State, progress: float, losses: Sequence[Tens
     """Scores the averaged weights on the validation pictures and emits the epoch's record."""
     with state.ema.applied():
         accuracy, loss = score(logits(job.net, job.validation, job.preprocess), job.validation.labels)
+    if not math.isfinite(loss):
+        raise Diverged(f"the validation loss became {loss} after {state.step} steps; lower the learning rate")
     train_loss = torch.stack(list(losses)).mean().item() if losses else None
     job.emit(
         {
