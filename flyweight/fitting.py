@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flyweight import __version__, stages
-from flyweight.data import Source, Splits, open_source, prepare
+from flyweight.data import Source, Splits, absolute, open_source, prepare
 from flyweight.data.split import held_out_count
 from flyweight.errors import FlyweightError, Interrupted, ParityError, UsageError
 from flyweight.job import Job, Stopwatch, check_free, load_job, new_folder, save_job
@@ -100,21 +100,10 @@ def _job(
     if not 1 <= threads <= cores():
         raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
     seconds = parse_time(time)
-    words = [
-        "flyweight",
-        "fit",
-        str(data),
-        "--budget",
-        text,
-        "--time",
-        f"{seconds:g}s",
-        "--threads",
-        str(threads),
-        "--seed",
-        str(seed),
-    ]
+    options = {"budget": text, "time": f"{seconds:g}s", "threads": str(threads), "seed": str(seed)}
+    words = ["flyweight", "fit", str(data), *(word for key, value in options.items() for word in (f"--{key}", value))]
     command = shlex.join(words + ["--skip-corrupt"] * skip_corrupt)
-    return Job(str(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
+    return Job(absolute(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
 
 
 def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:

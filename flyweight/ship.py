@@ -10,6 +10,7 @@ from flyweight import __version__
 from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import write_atomically
+from flyweight.units import budget_value
 from flyweight.weights import net_bytes
 
 PREDICT = '''\
@@ -77,7 +78,8 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
         else ""
     )
     limits = "".join(
-        f"- {b['name']} {b['op']} {b['limit']:g}: measured {b['measured']:g}, {'met' if b['met'] else 'not met'}\n"
+        f"- {b['name']} {b['op']} {budget_value(b['name'], b['limit'])}: {budget_value(b['name'], b['measured'])}, "
+        f"{'met' if b['met'] else 'not met'}\n"
         for b in result["budget"]
     )
     count, shipped, winner = len(data["classes"]), result["shipped"], result["winner"]

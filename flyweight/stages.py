@@ -1,5 +1,6 @@
 """The stages of the main job. Each reads what earlier ones recorded, so an interrupted job goes on where it was."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -214,22 +215,26 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
 
 
 def _may_mirror(work: Work, winner: Candidate) -> bool:
-    """Whether mirrored pictures keep their class: then the final training mirrors half of them.
-
-    Trials do not mirror. If the network of the winner's last trial is about as right on mirrored validation pictures as
-    on the pictures themselves, left and right tell nothing; where it is clearly worse (digits, arrows, shoes that all
-    point one way), mirroring would teach what is wrong.
-    """
-    record = work.records.find("trial", name=winner.name)
-    if record is None or record["mirrored_top1"] is None:
+    """Whether the final training mirrors half of the pictures: where the winner's last trial shows no harm in it."""
+    trial = work.records.find("trial", name=winner.name)
+    if trial is None or trial["mirrored_top1"] is None:
         work.records.say("pictures are not mirrored: no trial has shown that this does no harm")
         return False
-    straight, mirrored = record["val_top1"], record["mirrored_top1"]
-    chance = 2 * (straight * (1 - straight) / len(work.splits.validation)) ** 0.5
-    harmless = mirrored >= straight - max(MIRROR_LOSS, chance)
-    found = f"right on {percent(straight)} of the validation pictures and on {percent(mirrored)} of their mirror images"
-    work.records.say(f"pictures are {'' if harmless else 'not '}mirrored: without it, a network is {found}")
+    harmless = mirroring_is_harmless(trial, len(work.splits.validation))
+    straight, mirrored = percent(trial["val_top1"]), percent(trial["mirrored_top1"])
+    found = f"gets {straight} of the validation pictures right and {mirrored} of their mirror images"
+    work.records.say(f"pictures are {'' if harmless else 'not '}mirrored: without that, a network {found}")
     return harmless
+
+
+def mirroring_is_harmless(trial: Mapping[str, Any], n: int) -> bool:
+    """Whether left and right tell nothing, by a trial that did not mirror and was scored on `n` pictures both ways.
+
+    Clearly worse on mirror images (digits, arrows, shoes that all point one way): then mirroring teaches what is wrong.
+    """
+    straight, mirrored = trial["val_top1"], trial["mirrored_top1"]
+    chance = 2 * (straight * (1 - straight) / n) ** 0.5
+    return mirrored >= straight - max(MIRROR_LOSS, chance)
 
 
 def _tell_losers(pool: list[Candidate], winner: Candidate) -> None:

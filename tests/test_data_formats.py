@@ -14,7 +14,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from flyweight.data import Source, format_names, open_source
+from flyweight.data import Source, absolute, format_names, open_source
 from flyweight.errors import DataError, UsageError
 
 
@@ -427,3 +427,14 @@ def test_the_official_archive(real_data: Path) -> None:
     assert np.bincount(source.labels).tolist() == [6000] * 10
     assert source.classes[3] == "cat"
     assert (source.splits == "test").sum() == 10_000
+
+
+def test_data_is_named_by_an_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "idx:odd").mkdir()
+    assert absolute("photos") == str(tmp_path / "photos")
+    assert absolute(Path("photos")) == str(tmp_path / "photos")
+    assert absolute("idx:mnist") == f"idx:{tmp_path / 'mnist'}"
+    assert absolute("idx:odd") == str(tmp_path / "idx:odd"), "a folder of that name is meant"
+    assert absolute("demo") == "demo"
+    assert absolute("zip:x") == "zip:x", "an unknown format is told as it was written"

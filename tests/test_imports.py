@@ -23,7 +23,7 @@ ALLOWED = {
     "preprocess": {"data", "errors"},
     "mistakes": {"data"},
     "run": {"bench", "data", "errors", "preprocess"},
-    "ship": {"net", "preprocess", "train", "weights"},
+    "ship": {"net", "preprocess", "train", "units", "weights"},
     "terminal": {"units", "costs", "fitting", "net", "run"},
 }
 TAKES_ANY_NET = ["graph", "fold", "export", "bench"]

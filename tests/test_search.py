@@ -78,12 +78,13 @@ def test_bad_times_are_refused(text: str | float) -> None:
         ((32, 32), (24, 32)),
         ((28, 28), (20, 28)),
         ((16, 16), (16,)),
+        ((8, 9), (16,)),
         ((50, 70), (50,)),
         ((224, 300), (64, 96, 128, 160)),
         ((100, 120), (64, 96)),
     ],
 )
-def test_input_sizes_never_enlarge_small_pictures(native: tuple[int, int], sizes: tuple[int, ...]) -> None:
+def test_input_sizes_follow_the_pictures(native: tuple[int, int], sizes: tuple[int, ...]) -> None:
     assert input_sizes(native) == sizes
 
 

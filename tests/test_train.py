@@ -199,6 +199,22 @@ def test_a_signal_waits_for_the_end_of_the_step() -> None:
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
+def test_a_network_that_never_saw_mirror_images_tells_left_from_right(splits) -> None:
+    """Boots that point left and boots that point right: what the decision on mirroring is based on."""
+    boots = np.flatnonzero(splits.train.labels == 9)[:400]
+    pixels = splits.train.batch(28, boots)
+    labels = np.arange(400) % 2
+    pixels[labels == 1] = pixels[labels == 1][:, :, ::-1]
+    data = Dataset({28: pixels}, pixels, np.arange(400), labels, ("left", "right"), "train", ("",) * 400)
+    task = job(splits, epochs=6, flip=False)
+    task.net = create_model("squeezenet1_1_small", num_classes=2, in_chans=1, width=0.25, size=28)
+    task.data, task.validation = data.subset(np.arange(300)), data.subset(np.arange(300, 400))
+    trained = train(task)
+    mirrored, _ = score(logits(task.net, task.validation, task.preprocess, mirror=True), task.validation.labels)
+    assert trained.accuracy > 0.9
+    assert mirrored < 0.1
+
+
 def test_a_clock_of_seconds_ends_on_time(splits) -> None:
     task = job(splits)
     task.clock = Clock(seconds=1.5)

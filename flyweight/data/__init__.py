@@ -18,6 +18,7 @@ __all__ = [
     "Refused",
     "Source",
     "Splits",
+    "absolute",
     "format_names",
     "open_source",
     "prepare",
@@ -31,6 +32,16 @@ DEMO = Path(__file__).parents[1] / "demo"
 def format_names() -> list[str]:
     """The known data formats: each is a module in formats/."""
     return sorted(module.name for module in pkgutil.iter_modules(formats.__path__))
+
+
+def absolute(source: str | Path) -> str:
+    """The same data by an absolute path, so that it is found again from another working folder."""
+    name, colon, path = str(source).partition(":")
+    if source == "demo" or not str(source):
+        return str(source)
+    if colon and path and name in format_names() and not Path(source).exists():
+        return f"{name}:{Path(path).expanduser().absolute()}"
+    return str(source) if colon and len(name) > 1 and not Path(source).exists() else str(Path(source).absolute())
 
 
 def open_source(source: str | Path) -> Source:

@@ -14,6 +14,7 @@ from flyweight.units import budget_value
 
 # Up to this side, networks start with a stem that keeps the size; their original stems would leave nothing to see.
 SMALL = 48
+SMALLEST = 16
 PHOTO_SIZES = (64, 96, 128, 160, 192, 224)
 
 
@@ -74,7 +75,7 @@ def input_sizes(native: tuple[int, int]) -> tuple[int, ...]:
 
     For small ones their own and about three quarters of it, for photographs three common sizes up to their own.
     """
-    side = min(native)
+    side = max(SMALLEST, min(native))
     if side <= SMALL:
         smaller = round(side * 0.75 / 4) * 4
         return (smaller, side) if smaller >= 16 else (side,)
