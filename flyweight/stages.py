@@ -465,7 +465,9 @@ def with_more_time(work: Work, pool: list[Candidate], winner: Candidate) -> str:
     twice = rungs(len(entrants), 2 * work.job.seconds)
     could = twice[0].candidates if twice else tried
     trials = f"tried {could} candidates instead of {tried}" if could > tried else "tried the same candidates for longer"
+    seen = winner.epochs or 0.0
+    now, then = (f"{epochs:.2g}" if epochs < 10 else f"{epochs:.0f}" for epochs in (seen, 2 * seen))
     return (
-        f"In {2 * work.job.seconds:g} s it would have {trials}, and trained the winner for about "
-        f"{2 * (winner.epochs or 0):.0f} epochs instead of {winner.epochs or 0:.0f}."
+        f"In {2 * work.job.seconds:g} s it would have {trials}, and trained the winner for about {then} epochs "
+        f"instead of {now}."
     )
