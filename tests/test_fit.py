@@ -215,7 +215,8 @@ def wait_for(folder: Path, kind: str, process: subprocess.Popen[str]) -> None:
 )
 def test_stopped_it_goes_on(how: signal.Signals, when: str, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    words = command("fit", "demo", "--budget", "size<=200KB", "--time", "26s", "--out", folder)
+    # Shorter jobs have no time for trials.
+    words = command("fit", "demo", "--budget", "size<=200KB", "--time", "36s", "--out", folder)
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     wait_for(folder, when, process)
     time.sleep(1)
