@@ -8,18 +8,18 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from flyweight.costs import cost as cost
     from flyweight.create import create_model as create_model
-    from flyweight.create import list_models as list_models
     from flyweight.fitting import fit as fit
     from flyweight.fitting import resume as resume
     from flyweight.run import Run as Run
     from flyweight.run import load as load
+    from flyweight.zoo import list_models as list_models
 
 # Where each public name lives; imported on first use, since torch alone takes seconds. No module has the name of a
 # function here: importing it would put the module in the function's place.
 _HOMES = {
     "cost": "costs",
     "create_model": "create",
-    "list_models": "create",
+    "list_models": "zoo",
     "fit": "fitting",
     "resume": "fitting",
     "Run": "run",

@@ -169,27 +169,18 @@ def models(
 ) -> None:
     """List the networks, with parameters and multiply-accumulates at their usual input."""
     from flyweight.costs import cost
-    from flyweight.create import list_models, spec_of
     from flyweight.terminal import print_table
+    from flyweight.zoo import list_models, usual_spec
 
     names = list_models(pattern)
     if not names:
         raise UsageError(f"no model matches {pattern!r}; flyweight models lists all")
     rows = []
     for name in names:
-        spec = spec_of(name, num_classes=10) if spec_of(name).input[1] <= 32 else spec_of(name)
+        spec = usual_spec(name)
         counted = cost(spec)
-        classes = spec.args.get("num_classes", 1000)
-        rows.append(
-            {
-                "name": name,
-                "family": spec.family,
-                "size": spec.input[1],
-                "classes": classes,
-                "params": counted.params,
-                "macs": counted.macs,
-            }
-        )
+        row = {"name": name, "family": spec.family, "size": spec.input[1], "classes": spec.args["num_classes"]}
+        rows.append(row | {"params": counted.params, "macs": counted.macs})
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
@@ -199,21 +190,60 @@ def models(
 @app.command()
 def cost(
     name: Annotated[str, typer.Argument(help="A network's name; flyweight models lists them.")],
-    width: Annotated[float, typer.Option(help="Width multiplier.")] = 1.0,
+    width: Annotated[float | None, typer.Option(help="Width multiplier; by default the name's own.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 1000,
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument of the network, such as se=0.25 or bypass=simple; may be repeated."),
+    ] = None,
     per_layer: Annotated[bool, typer.Option("--per-layer", help="One line for each layer.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Count a network exactly: parameters, multiply-accumulates, memory."""
+    """Count a network exactly: parameters, multiply-accumulates, bytes, memory, receptive field."""
     from flyweight.costs import cost as count
-    from flyweight.create import spec_of
     from flyweight.terminal import show_cost
+    from flyweight.zoo import spec_of
 
-    own = spec_of(name).args
-    args = {"width": width} if width != 1.0 or "width" not in own else {}
+    args = _family_arguments(arg or ())
+    if width is not None:
+        args["width"] = width
     spec = spec_of(name, size=resolution, num_classes=classes, **args)
     show_cost(name, spec, count(spec), per_layer, as_json)
+
+
+def _family_arguments(texts: Iterable[str]) -> dict[str, Any]:
+    """name=value, the value read as JSON where it is some (0.25, true, [1, 2]) and else as the word that it is."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise UsageError(f"--arg takes name=value, not {text!r}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+@app.command()
+def tables(
+    check: Annotated[bool, typer.Option("--check", help="Fail if a figure differs without a reason.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the papers' published tables with our own counts, and say why where they differ."""
+    from flyweight.tables import rows
+    from flyweight.terminal import show_tables
+
+    found = rows()
+    show_tables(found, as_json)
+    wrong = [row for row in found if not row.holds]
+    if check and wrong:
+        first = wrong[0]
+        raise FlyweightError(
+            f"{len(wrong)} of {len(found)} figures differ without a reason; the first: {first.source}, {first.what}, "
+            f"{first.figure} published, {first.ours:.7g} counted"
+        )
 
 
 @app.command()

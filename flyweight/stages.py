@@ -14,7 +14,6 @@ from flyweight.bench.environment import environment
 from flyweight.bench.measure import latencies, latency
 from flyweight.compress.precision import FLOAT, Variant, calibration_sample, choose
 from flyweight.costs import NetCost, cost
-from flyweight.create import build
 from flyweight.data import Source, Splits
 from flyweight.errors import FlyweightError
 from flyweight.export import int8, onnx
@@ -34,6 +33,7 @@ from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import recipe_for
 from flyweight.units import percent
+from flyweight.zoo import build
 
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
 # final training has the rest.

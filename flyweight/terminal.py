@@ -16,10 +16,11 @@ from rich.table import Table
 from flyweight.units import budget_value, human_bytes, human_ms, percent
 
 if TYPE_CHECKING:
-    from flyweight.costs import NetCost
+    from flyweight.costs import LayerCost, NetCost
     from flyweight.fitting import Outlook
     from flyweight.net import Spec
     from flyweight.run import Run
+    from flyweight.tables import Row
 
 PLAIN_LINE_SECONDS = 30.0
 SHOWN = 12
@@ -169,6 +170,7 @@ def show_outlook(outlook: "Outlook", as_json: bool) -> None:
 
 def show_cost(name: str, spec: "Spec", counted: "NetCost", per_layer: bool, as_json: bool) -> None:
     """An exact count on stdout."""
+    precisions = ("float32", "float16", "int8")
     totals = {
         "name": name,
         "input": list(spec.input),
@@ -176,31 +178,67 @@ def show_cost(name: str, spec: "Spec", counted: "NetCost", per_layer: bool, as_j
         "params": counted.params,
         "macs": counted.macs,
         "flops": counted.flops,
-        "weight_bytes": {"float32": 4 * counted.weight_values, "int8": counted.weight_values},
-        "peak_activation_bytes": {"float32": 4 * counted.peak_values, "int8": counted.peak_values},
+        "weight_bytes": {each: counted.weight_bytes(each) for each in precisions},
+        "activation_bytes": {each: counted.activation_bytes(each) for each in precisions},
+        "peak_activation_bytes": {each: counted.peak_bytes(each) for each in precisions},
         "memory_bytes": {"float32": counted.memory_bytes(4), "int8": counted.memory_bytes(1)},
+        "receptive_field": list(counted.receptive_field),
+        "arithmetic_intensity": round(counted.intensity, 3),
     }
-    layers = [
-        {
-            "layer": each.path,
-            "kind": each.leaf,
-            "shape": "x".join(map(str, each.shape)),
-            "params": each.params,
-            "macs": each.macs,
-        }
-        for each in counted.layers
-    ]
     if as_json:
+        layers = [_layer_row(each) | {"flops_per_byte": round(each.intensity, 3)} for each in counted.layers]
         print(json.dumps(totals | ({"layers": layers} if per_layer else {}), indent=2))
         return
     if per_layer:
-        print_table(layers)
+        print_table([_layer_row(each) for each in counted.layers])
         print()
+    shown = {each: f"{counted.weight_bytes(each):,}" for each in precisions}
     print(f"{name}: input {'x'.join(map(str, spec.input))}, {totals['classes']} classes")
-    print(f"  parameters              {counted.params:>15,}")
+    print(f"  parameters              {counted.params:>15,}  as papers count them, batch normalisation included")
     print(f"  multiply-accumulates    {counted.macs:>15,}  (FLOPs = 2 x MACs = {counted.flops:,})")
-    print(f"  weights, deployed       {4 * counted.weight_values:>15,}  bytes in float32 (batch normalisation folded)")
-    print(f"  peak activations        {4 * counted.peak_values:>15,}  bytes in float32, by liveness, for one picture")
+    other = f"{shown['float16']} float16, {shown['int8']} int8"
+    print(f"  weight bytes            {shown['float32']:>15}  in float32, {other}")
+    print(f"  activation bytes        {counted.activation_bytes():>15,}  in float32, all that one picture writes")
+    print(f"  peak activation bytes   {counted.peak_bytes():>15,}  in float32, alive at once")
+    field = "x".join(map(str, counted.receptive_field))
+    print(f"  receptive field         {field:>15}  pixels, of the last feature map")
+    print(f"  arithmetic intensity    {counted.intensity:>15.1f}  FLOPs for each byte moved in float32")
+    print("  Counted as deployed: batch normalisation folded into convolutions, no auxiliary heads.")
+
+
+def _layer_row(layer: "LayerCost") -> dict[str, Any]:
+    return {
+        "layer": layer.path,
+        "kind": layer.leaf,
+        "shape": "x".join(map(str, layer.shape)),
+        "params": layer.params,
+        "macs": layer.macs,
+        "weights": layer.weights + layer.biases,
+        "activations": layer.values,
+        "field": "x".join(map(str, layer.field)),
+    }
+
+
+def show_tables(rows: Sequence["Row"], as_json: bool) -> None:
+    """Published figures beside ours on stdout."""
+    if as_json:
+        print(json.dumps([row.to_json() for row in rows], indent=2))
+        return
+    shown = [
+        {
+            "source": row.source,
+            "figure": row.what,
+            "published": row.figure,
+            "ours": f"{row.ours:.7g}",
+            "difference": "" if row.agrees else f"{row.difference:+.3g}",
+            "counted so": "" if row.recount is None else f"{row.recount:.7g}",
+            "why": row.why,
+        }
+        for row in rows
+    ]
+    print_table(shown)
+    agree, explained = sum(row.agrees for row in rows), sum(bool(row.why) for row in rows)
+    print(f"\n{agree} of {len(rows)} figures agree as printed, {explained} differ for the reason given")
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

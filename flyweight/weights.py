@@ -5,32 +5,52 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
-from flyweight.create import build
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.net import Net, Spec
+from flyweight.zoo import build
 
 
 def net_bytes(net: Net) -> bytes:
     """The network's tensors and Spec as the bytes of a safetensors file."""
-    if net.spec is None:
-        raise ValueError("only a network built from a Spec can be saved")
     tensors = {name: t.detach().contiguous() for name, t in net.state_dict().items()}
     return save(tensors, {"format": "pt", "spec": json.dumps(net.spec.to_json())})
 
 
-def load_net(path: Path) -> Net:
-    """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where there is none."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.exists():
         raise UsageError(f"{path} does not exist: check the path")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except SafetensorError as error:
+            names = file.keys()
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
         raise FlyweightError(f"{path} is no safetensors file or is damaged: {error}") from error
+
+
+def load_net(path: Path) -> Net:
+    """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where there is none."""
+    tensors, metadata = _read(path)
     if "spec" not in metadata:
         raise UsageError(f"{path} has no Spec in its metadata, so it was not written by flyweight")
     net = build(Spec.from_json(json.loads(metadata["spec"])))
     net.load_state_dict(tensors, strict=True)
     return net.eval()
+
+
+def _told(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else " x ".join(map(str, tensor.shape)) or "a number"
+
+
+def load_into(net: Net, path: Path) -> None:
+    """Fills a network with the tensors of a file. Raises UsageError, naming a tensor, where they do not fit exactly."""
+    tensors, _ = _read(path)
+    own = net.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        ours, theirs = own.get(name), tensors.get(name)
+        if ours is None or theirs is None or ours.shape != theirs.shape:
+            raise UsageError(
+                f"{path} does not fit this network: {name} is {_told(theirs)} there and {_told(ours)} here"
+            )
+    net.load_state_dict(tensors, strict=True)

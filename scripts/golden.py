@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from flyweight.costs import cost
-from flyweight.create import list_models, spec_of
+from flyweight.zoo import list_models, spec_of
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "models.json"
 

@@ -1,54 +1,18 @@
-"""The field's closed forms, liveness, and errors of the counter."""
+"""Liveness, deployed weights, and errors of the counter."""
 
 import pytest
 import torch
 from torch import nn
 
-from flyweight.blocks import DepthwiseSeparable, Fire
+from flyweight import ops
 from flyweight.costs import MACS, cost
 from flyweight.export.onnx import RULES
-from flyweight.graph import SAME_SHAPE, GraphError, trace
+from flyweight.graph import SHAPES, GraphError, trace
 from flyweight.ops import Add, ChannelShuffle, round_channels
-from flyweight.zoo.squeezenet import conv_act
-
-
-def weights(net: nn.Module) -> int:
-    return sum(p.numel() for p in net.parameters() if p.ndim > 1)
 
 
 def test_every_counted_leaf_can_be_exported() -> None:
-    assert set(MACS) == set(RULES)
-
-
-@pytest.mark.parametrize(
-    ("side", "kernel", "padding", "stride", "out"), [(6, 3, 0, 1, 4), (224, 7, 3, 2, 112), (32, 3, 1, 1, 32)]
-)
-def test_output_size(side: int, kernel: int, padding: int, stride: int, out: int) -> None:
-    assert (side - kernel + 2 * padding) // stride + 1 == out
-    assert trace(nn.Sequential(nn.Conv2d(3, 2, kernel, stride, padding)), (3, side, side)).nodes[0].shape == (
-        2,
-        out,
-        out,
-    )
-
-
-def test_fire_is_small() -> None:
-    assert weights(Fire(96, 6, 5, 4, conv_act)) == 96 * 6 + 6 * 5 + 9 * 6 * 4 == 822
-
-
-@pytest.mark.parametrize(("inputs", "outputs"), [(192, 256), (16, 32)])
-def test_depthwise_separable_against_plain(inputs: int, outputs: int) -> None:
-    separable = cost(nn.Sequential(DepthwiseSeparable(inputs, outputs)), (inputs, 28, 28)).macs
-    plain = cost(nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1)), (inputs, 28, 28)).macs
-    assert separable == (9 * inputs + inputs * outputs) * 28 * 28
-    assert separable / plain == pytest.approx(1 / outputs + 1 / 9)
-
-
-def test_groups_divide_the_work() -> None:
-    grouped = cost(nn.Sequential(nn.Conv2d(12, 24, 3, padding=1, groups=3, bias=False)), (12, 8, 8))
-    assert grouped.params == 9 * 12 * 24 // 3
-    assert grouped.macs == grouped.params * 64
-    assert grouped.flops == 2 * grouped.macs
+    assert set(MACS) == set(RULES) == set(SHAPES)
 
 
 def test_liveness_counts_what_a_shortcut_keeps() -> None:
@@ -100,10 +64,85 @@ def test_an_input_that_does_not_fit_is_an_error_by_layer() -> None:
         trace(nn.Sequential(nn.Conv2d(3, 2, 3)), (4, 8, 8))
 
 
-@pytest.mark.parametrize("leaf", [nn.BatchNorm2d(6), nn.ReLU(), nn.ReLU6(), nn.Identity(), nn.Dropout()])
-def test_same_shape_leaves_keep_the_shape(leaf: nn.Module) -> None:
-    assert isinstance(leaf, SAME_SHAPE)
-    assert leaf(torch.zeros(2, 6, 3, 3)).shape == (2, 6, 3, 3)
+WINDOWS = [
+    (kernel, stride, padding, dilation)
+    for kernel in (1, 2, 3, 5)
+    for stride in (1, 2, 3)
+    for padding in range(kernel // 2 + 1)
+    for dilation in (1, 2)
+]
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("size", [(5, 8), (9, 6), (12, 13)], ids=str)
+def test_shapes_are_torchs(size: tuple[int, int]) -> None:
+    """Every kind of window, rounded down and up, on sizes that fit and that leave a rest."""
+    x = torch.zeros(1, 4, *size)
+    for kernel, stride, padding, dilation in WINDOWS:
+        leaves: list[nn.Module] = [
+            nn.Conv2d(4, 6, kernel, stride, padding, dilation),
+            nn.MaxPool2d(kernel, stride, padding, dilation, ceil_mode=True),
+            nn.MaxPool2d(kernel, stride, padding, dilation),
+            nn.AvgPool2d(kernel, stride, padding, ceil_mode=True),
+            nn.AvgPool2d(kernel, stride, padding),
+            nn.Conv2d(4, 6, kernel, 1, "same", dilation),
+            nn.Conv2d(4, 6, kernel, stride, "valid", dilation),
+            ops.SameConv2d(4, 6, kernel, stride, dilation=dilation),
+            ops.SameMaxPool2d(kernel, stride, dilation=dilation),
+            ops.SameAvgPool2d(kernel, stride),
+        ]
+        for leaf in leaves:
+            try:
+                real = tuple(leaf(x).shape[1:])
+            except RuntimeError:
+                with pytest.raises(GraphError, match="the window of"):
+                    trace(nn.Sequential(leaf), (4, *size))
+            else:
+                assert trace(nn.Sequential(leaf), (4, *size)).nodes[0].shape == real, (leaf, size)
+
+
+@pytest.mark.parametrize(
+    ("leaf", "shapes", "told"),
+    [
+        (nn.Conv2d(3, 4, 1), [(4, 8, 8)], "made for 3 channels"),
+        (nn.BatchNorm2d(3), [(4, 8, 8)], "made for 3 channels"),
+        (nn.Linear(3, 4), [(4,)], "made for 3 values"),
+        (Add(), [(4, 8, 8), (4, 4, 4)], "they differ"),
+        (ops.Cat(), [(4, 8, 8), (4, 4, 4)], "their sizes differ"),
+        (ChannelShuffle(3), [(4, 8, 8)], "3 groups do not divide"),
+    ],
+    ids=str,
+)
+def test_shapes_that_do_not_fit_are_errors(leaf: nn.Module, shapes: list[tuple[int, ...]], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        SHAPES[type(leaf)](leaf, *shapes)
+
+
+class Twice(nn.Module):
+    """Calls one leaf twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.add = nn.Conv2d(2, 2, 3, padding=1), Add()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(x)
+        return self.add(x, self.conv(x))
+
+
+def test_a_leaf_called_twice_works_twice_and_weighs_once() -> None:
+    counted = cost(Twice(), (2, 4, 4))
+    assert counted.macs == 2 * 9 * 4 * 16
+    assert counted.params == counted.weight_values == 9 * 4 + 2
+
+
+def test_tracing_leaves_the_network_as_it_was() -> None:
+    net, x = Twice(), torch.randn(1, 2, 4, 4)
+    before = net(x)
+    trace(net, (2, 4, 4))
+    with pytest.raises(GraphError):
+        trace(net, (3, 4, 4))
+    assert torch.equal(net(x), before)
 
 
 def test_channel_shuffle_transposes_the_groups() -> None:

@@ -7,8 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
-    "ops", "net", "blocks", "zoo", "create", "graph", "fold", "costs", "weights", "train", "export", "bench",
-    "compress", "search", "stages", "fitting", "cli",
+    "ops", "graph", "initialise", "blocks", "net", "adapt", "zoo", "fold", "costs", "weights", "create", "timm_models",
+    "tables", "train", "export", "bench", "compress", "search", "stages", "fitting", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}
@@ -24,7 +24,7 @@ ALLOWED = {
     "mistakes": {"data"},
     "run": {"bench", "data", "errors", "preprocess"},
     "ship": {"net", "preprocess", "train", "units", "weights"},
-    "terminal": {"units", "costs", "fitting", "net", "run"},
+    "terminal": {"units", "costs", "fitting", "net", "run", "tables"},
 }
 TAKES_ANY_NET = ["graph", "fold", "export", "bench"]
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from flyweight import ops
 from flyweight.fold import fold_batchnorm
-from flyweight.graph import INPUT, Graph, GraphError, Node, trace
+from flyweight.graph import INPUT, Graph, GraphError, Node, Shape, trace
 from flyweight.preprocess import Preprocess
 
 SUFFIX = ".onnx"
@@ -51,18 +51,26 @@ class Writer:
 Rule = Callable[[Writer, Any, Node, list[str]], str]
 
 
-def _pair(value: int | tuple[int, ...]) -> list[int]:
-    return [value, value] if isinstance(value, int) else list(value)
+def _shape(w: Writer, node: Node) -> Shape:
+    """Of the leaf's first input: (C, H, W)."""
+    return w.graph.shapes[node.inputs[0]]
 
 
-def _window(leaf: nn.Conv2d | nn.MaxPool2d | nn.AvgPool2d) -> dict[str, Any]:
-    pad = _pair(leaf.padding)  # type: ignore[arg-type]
-    return {"kernel_shape": _pair(leaf.kernel_size), "strides": _pair(leaf.stride), "pads": pad + pad}
+def _window(w: Writer, leaf: ops.Window, node: Node) -> dict[str, Any]:
+    kernel, stride = ops.pair(leaf.kernel_size), ops.pair(leaf.stride)
+    top, bottom, left, right = ops.edges(leaf, *_shape(w, node)[1:])
+    return {"kernel_shape": kernel, "strides": stride, "pads": [top, left, bottom, right]}
 
 
 def _conv(w: Writer, leaf: nn.Conv2d, node: Node, inputs: list[str]) -> str:
     tensors = [w.constant(t) for t in (leaf.weight, leaf.bias) if t is not None]
-    return w.add("Conv", *inputs, *tensors, group=leaf.groups, dilations=_pair(leaf.dilation), **_window(leaf))
+    window = _window(w, leaf, node)
+    return w.add("Conv", *inputs, *tensors, group=leaf.groups, dilations=ops.dilation(leaf), **window)
+
+
+def _max_pool(w: Writer, leaf: nn.MaxPool2d, node: Node, inputs: list[str]) -> str:
+    window = _window(w, leaf, node)
+    return w.add("MaxPool", *inputs, ceil_mode=int(leaf.ceil_mode), dilations=ops.dilation(leaf), **window)
 
 
 def _linear(w: Writer, leaf: nn.Linear, node: Node, inputs: list[str]) -> str:
@@ -94,26 +102,92 @@ def _relu6(w: Writer, leaf: nn.Module, node: Node, inputs: list[str]) -> str:
 
 
 def _avg_pool(w: Writer, leaf: nn.AvgPool2d, node: Node, inputs: list[str]) -> str:
-    ceil = int(leaf.ceil_mode)
-    return w.add("AveragePool", *inputs, count_include_pad=int(leaf.count_include_pad), ceil_mode=ceil, **_window(leaf))
+    counted = leaf.count_include_pad and not isinstance(leaf, ops.SameAvgPool2d)
+    window = _window(w, leaf, node)
+    return w.add("AveragePool", *inputs, count_include_pad=int(counted), ceil_mode=int(leaf.ceil_mode), **window)
+
+
+def _averages(inputs: int, outputs: int) -> np.ndarray:
+    """[outputs, inputs]: row i averages the inputs ⌊i · n / m⌋ … ⌈(i + 1) · n / m⌉, as adaptive pooling does."""
+    table = np.zeros((outputs, inputs), np.float32)
+    for i in range(outputs):
+        start, end = i * inputs // outputs, -(-(i + 1) * inputs // outputs)
+        table[i, start:end] = 1 / (end - start)
+    return table
+
+
+def _adaptive_pool(w: Writer, leaf: nn.AdaptiveAvgPool2d, node: Node, inputs: list[str]) -> str:
+    """Two matrix products, since ONNX has no pool whose windows differ in size."""
+    (_, height, width), (_, rows, columns) = _shape(w, node), node.shape
+    if (height, width) == (rows, columns):
+        return inputs[0]
+    down = w.add("MatMul", w.constant(_averages(height, rows)), *inputs)
+    return w.add("MatMul", down, w.constant(_averages(width, columns).T))
+
+
+def _group_norm(w: Writer, leaf: nn.GroupNorm, node: Node, inputs: list[str]) -> str:
+    """Each group as one instance, then a weight and a bias for each channel."""
+    groups = leaf.num_groups
+    table = w.add("Reshape", *inputs, w.constant(np.array([0, groups, -1], np.int64)))
+    ones, zeros = w.constant(np.ones(groups, np.float32)), w.constant(np.zeros(groups, np.float32))
+    normal = w.add("InstanceNormalization", table, ones, zeros, epsilon=leaf.eps)
+    back = w.add("Reshape", normal, w.constant(np.array([0, *node.shape], np.int64)))
+    weight, bias = (w.constant(t.reshape(-1, 1, 1)) for t in (leaf.weight, leaf.bias))
+    return w.add("Add", w.add("Mul", back, weight), bias)
+
+
+def _global_avg_pool(w: Writer, leaf: ops.GlobalAvgPool, node: Node, inputs: list[str]) -> str:
+    pooled = w.add("GlobalAveragePool", *inputs)
+    return pooled if leaf.keep else w.add("Flatten", pooled)
+
+
+def _part(w: Writer, leaf: ops.Part, node: Node, inputs: list[str]) -> str:
+    start = leaf.index * -(-_shape(w, node)[0] // leaf.parts)
+    ends = (start, start + node.shape[0], 1)
+    return w.add("Slice", *inputs, *(w.constant(np.array([value], np.int64)) for value in ends))
+
+
+def _pad_channels(w: Writer, leaf: ops.PadChannels, node: Node, inputs: list[str]) -> str:
+    return w.add("Pad", *inputs, w.constant(np.array([0, leaf.before, 0, 0, 0, leaf.after, 0, 0], np.int64)))
+
+
+def _same(w: Writer, leaf: nn.Module, node: Node, inputs: list[str]) -> str:
+    return inputs[0]
+
+
+def _op(name: str, **attributes: Any) -> Rule:
+    """A leaf that is one operation of ONNX."""
+    return lambda w, leaf, node, inputs: w.add(name, *inputs, **attributes)
 
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Conv2d: _conv,
+    ops.SameConv2d: _conv,
     nn.Linear: _linear,
     nn.BatchNorm2d: _norm,
-    nn.ReLU: lambda w, leaf, node, inputs: w.add("Relu", *inputs),
+    nn.GroupNorm: _group_norm,
+    nn.ReLU: _op("Relu"),
     nn.ReLU6: _relu6,
-    nn.Identity: lambda w, leaf, node, inputs: inputs[0],
-    nn.Dropout: lambda w, leaf, node, inputs: inputs[0],
-    nn.MaxPool2d: lambda w, leaf, node, inputs: w.add(
-        "MaxPool", *inputs, ceil_mode=int(leaf.ceil_mode), **_window(leaf)
-    ),
+    nn.Hardswish: _op("HardSwish"),
+    nn.SiLU: lambda w, leaf, node, inputs: w.add("Mul", inputs[0], w.add("Sigmoid", inputs[0])),
+    nn.Sigmoid: _op("Sigmoid"),
+    nn.Hardsigmoid: _op("HardSigmoid", alpha=1 / 6, beta=0.5),
+    nn.Identity: _same,
+    nn.Dropout: _same,
+    nn.Flatten: _op("Flatten"),
+    nn.MaxPool2d: _max_pool,
     nn.AvgPool2d: _avg_pool,
+    nn.AdaptiveAvgPool2d: _adaptive_pool,
+    ops.SameMaxPool2d: _max_pool,
+    ops.SameAvgPool2d: _avg_pool,
     ops.Add: _add,
-    ops.Cat: lambda w, leaf, node, inputs: w.add("Concat", *inputs, axis=1),
+    ops.Mul: _op("Mul"),
+    ops.Scale: lambda w, leaf, node, inputs: w.add("Mul", *inputs, w.constant(np.float32(leaf.factor))),
+    ops.Cat: _op("Concat", axis=1),
+    ops.Part: _part,
+    ops.PadChannels: _pad_channels,
     ops.ChannelShuffle: _shuffle,
-    ops.GlobalAvgPool: lambda w, leaf, node, inputs: w.add("Flatten", w.add("GlobalAveragePool", *inputs)),
+    ops.GlobalAvgPool: _global_avg_pool,
     ops.GlobalMaxPool: lambda w, leaf, node, inputs: w.add("Flatten", w.add("GlobalMaxPool", *inputs)),
 }
 
@@ -155,7 +229,7 @@ def export(net: nn.Module, preprocess: Preprocess, classes: Sequence[str], tempe
     names = {INPUT: _normalise(w, preprocess)}
     for node in graph.nodes:
         names[node.name] = _write_leaf(w, node, [names[name] for name in node.inputs])
-    scaled = w.add("Mul", names[graph.output], w.constant(np.float32(1 / temperature)))
+    scaled = w.add("Mul", names[graph.outputs[0]], w.constant(np.float32(1 / temperature)))
     w.add("Softmax", scaled, output="probabilities", axis=1)
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", height, width, preprocess.channels])
     output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", len(classes)])

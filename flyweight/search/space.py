@@ -6,15 +6,17 @@ from typing import Any
 
 from flyweight import zoo
 from flyweight.costs import NetCost, cost
-from flyweight.create import spec_of
-from flyweight.errors import FlyweightError
+from flyweight.graph import GraphError
 from flyweight.net import Spec
 from flyweight.search.budget import Budget
 from flyweight.units import budget_value
+from flyweight.zoo import spec_of
 
 # Up to this side, networks start with a stem that keeps the size; their original stems would leave nothing to see.
 SMALL = 48
 SMALLEST = 16
+# Training from scratch in minutes needs normalised layers and, at that length, no dropout.
+FROM_SCRATCH = {"norm": "batch", "drop_rate": 0.0}
 PHOTO_SIZES = (64, 96, 128, 160, 192, 224)
 
 
@@ -90,19 +92,21 @@ def candidates(sizes: Sequence[int], channels: int, classes: int) -> list[Candid
     found: list[Candidate] = []
     for family in zoo.families().values():
         for size in sizes:
-            for name in family.CANDIDATES["small" if size <= SMALL else "large"]:
+            form = "small" if size <= SMALL else "large"
+            stem = {"stem": "cifar"} if form == "small" else {}
+            for name in family.CANDIDATES[form]:
                 for width in family.WIDTHS:
-                    spec = spec_of(name, size=size, num_classes=classes, in_chans=channels, width=width)
-                    found.append(Candidate(f"{name} x{width:g} @{size}", spec))
+                    args = {"num_classes": classes, "in_chans": channels, "width": width, **stem, **FROM_SCRATCH}
+                    found.append(Candidate(f"{name} x{width:g} @{size}", spec_of(name, size=size, **args)))
     return found
 
 
 def estimate_cost(candidate: Candidate) -> None:
-    """Fills in the exact cost, or drops the candidate if its network cannot take this input."""
+    """Fills in the exact cost, or drops the candidate if its network cannot take so small an input."""
     try:
         candidate.cost = cost(candidate.spec)
-    except FlyweightError as error:
-        candidate.drop(f"cannot be built: {error}")
+    except GraphError:
+        candidate.drop(f"needs larger pictures than {candidate.spec.input[1]} pixels")
 
 
 def screen(candidate: Candidate, budget: Budget) -> None:

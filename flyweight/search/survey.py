@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from flyweight.bench.measure import latencies
-from flyweight.create import build
 from flyweight.export import int8, onnx
 from flyweight.preprocess import Preprocess
 from flyweight.search.budget import Budget
 from flyweight.search.space import Candidate, estimate_cost, screen, shortfall
 from flyweight.units import budget_value
+from flyweight.zoo import build
 
 # Enough pictures to place the ranges; these networks are untrained, and only their speed and size are wanted.
 CALIBRATION = 8

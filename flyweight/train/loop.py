@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flyweight.data import Dataset, augment
 from flyweight.errors import FlyweightError
+from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import load_checkpoint, restore, save_checkpoint
 from flyweight.train.ema import Ema
@@ -251,8 +252,7 @@ def _step(job: Training, state: _State, indices: np.ndarray, learning_rate: floa
     for group in state.optimiser.param_groups:
         group["lr"] = learning_rate
     x = augmented(job.pixels(indices), job.preprocess, job.recipe, state.rng)
-    truth = torch.from_numpy(job.data.labels[indices])
-    loss = F.cross_entropy(job.net(x).float(), truth, label_smoothing=job.recipe.label_smoothing)
+    loss = _loss(job, x, torch.from_numpy(job.data.labels[indices]))
     loss.backward()
     state.optimiser.step()
     state.optimiser.zero_grad()
@@ -265,6 +265,16 @@ def _step(job: Training, state: _State, indices: np.ndarray, learning_rate: floa
     return loss.detach()
 
 
+def _loss(job: Training, x: Tensor, truth: Tensor) -> Tensor:
+    """Cross-entropy of the answers, plus that of auxiliary heads where the network has them, at their weight."""
+    smoothing = job.recipe.label_smoothing
+    if not isinstance(job.net, Net) or not job.net.aux:
+        return F.cross_entropy(job.net(x).float(), truth, label_smoothing=smoothing)
+    outputs, others = job.net.forward_aux(x)
+    aux = torch.stack([F.cross_entropy(other.float(), truth, label_smoothing=smoothing) for other in others])
+    return F.cross_entropy(outputs.float(), truth, label_smoothing=smoothing) + job.net.aux_weight * aux.sum()
+
+
 def _fastest_mode(job: Training) -> str:
     """The faster precision for this network, by a few training steps whose effects are undone."""
     indices = np.arange(min(job.recipe.batch_size, len(job.data)))
@@ -272,7 +282,7 @@ def _fastest_mode(job: Training) -> str:
     kept = {name: buffer.clone() for name, buffer in job.net.named_buffers()}
 
     def step() -> None:
-        F.cross_entropy(job.net(x).float(), torch.from_numpy(job.data.labels[indices])).backward()
+        _loss(job, x, torch.from_numpy(job.data.labels[indices])).backward()
 
     mode = faster_precision(job.net, step)
     job.net.zero_grad()

@@ -1,72 +1,105 @@
-"""Deep Residual Learning for Image Recognition (He et al., arXiv:1512.03385), networks of basic blocks."""
+"""Deep Residual Learning for Image Recognition (He et al., arXiv:1512.03385).
+
+The bottleneck's stride is on its 3 × 3 convolution, as in torchvision, not on the first 1 × 1 as in the paper.
+"""
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
-from flyweight.blocks import Classifier, ConvNormAct, Residual
+from flyweight.blocks import Options, Residual
+from flyweight.initialise import kaiming_normal
 from flyweight.net import Net
-from flyweight.ops import round_channels
+from flyweight.ops import PadChannels, round_channels
+
+# stem → kernel and stride of the first convolution, whether a 3 × 3 max-pool of stride 2 follows.
+STEMS = {"imagenet": (7, 2, True), "no_pool": (7, 2, False), "conv": (3, 2, False), "cifar": (3, 1, False)}
+EXPANSION = 4
 
 
-def basic(in_channels: int, out_channels: int, stride: int) -> Residual:
-    """Two 3 × 3 convolutions; the shortcut is projected where the shape changes (section 3.3, option B)."""
-    body = nn.Sequential(
-        OrderedDict(
-            conv1=ConvNormAct(in_channels, out_channels, 3, stride),
-            conv2=ConvNormAct(out_channels, out_channels, 3, act=None),
-        )
-    )
-    if stride == 1 and in_channels == out_channels:
-        return Residual(body)
-    return Residual(body, ConvNormAct(in_channels, out_channels, 1, stride, act=None))
+def basic(o: Options, in_channels: int, out_channels: int, stride: int) -> "OrderedDict[str, nn.Module]":
+    """Two 3 × 3 convolutions (figure 5, left)."""
+    conv1 = o.conv(in_channels, out_channels, 3, stride)
+    conv2 = o.conv(out_channels, out_channels, 3, act=False)
+    return OrderedDict([("conv1", conv1), ("conv2", conv2), *o.excite(out_channels)])
+
+
+def bottleneck(
+    o: Options, in_channels: int, out_channels: int, stride: int, groups: int, base_width: int
+) -> "OrderedDict[str, nn.Module]":
+    """1 × 1, (grouped) 3 × 3, 1 × 1 (figure 5, right; ResNeXt, arXiv:1611.05431, figure 3c).
+
+    `base_width` is the channels of a group where `out_channels` is 256, so 64 for one group.
+    """
+    middle = int(out_channels / EXPANSION * base_width / 64) * groups
+    middle = middle if o.width == 1 else round_channels(middle, 8 * groups)
+    conv1 = o.conv(in_channels, middle, 1)
+    conv2 = o.conv(middle, middle, 3, stride, groups=groups)
+    conv3 = o.conv(middle, out_channels, 1, act=False)
+    return OrderedDict([("conv1", conv1), ("conv2", conv2), ("conv3", conv3), *o.excite(out_channels)])
+
+
+def identity_shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    """Every second position, and zeros for the channels that are new (section 3.3, option A): no parameters."""
+    before = (out_channels - in_channels) // 2
+    pad = PadChannels(before, out_channels - in_channels - before)
+    return nn.Sequential(OrderedDict(subsample=nn.MaxPool2d(1, stride), pad=pad))
 
 
 def build(
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    width: float = 1.0,
-    drop_rate: float = 0.0,
-    stem: str = "imagenet",
+    o: Options,
     layers: Sequence[int] = (2, 2, 2, 2),
     channels: Sequence[int] = (64, 128, 256, 512),
+    block: str = "basic",
+    shortcut: str = "projection",
+    groups: int = 1,
+    base_width: int = 64,
 ) -> Net:
-    """A ResNet of basic blocks: `layers` blocks of `channels` per stage.
+    """`layers` blocks ("basic" or "bottleneck") of `channels` per stage.
 
-    `stem` "imagenet" (7 × 7 of stride 2, then a max-pool), "conv" (3 × 3 of stride 2) or "cifar" (3 × 3 of stride 1).
+    `shortcut`, where the shape changes, is a "projection" or the "identity". `stem` is "imagenet" (7 × 7 of stride 2,
+    then a max-pool), "no_pool" (without it), "conv" (3 × 3 of stride 2) or "cifar" (3 × 3 of stride 1).
     """
-    now = round_channels(channels[0] * width)
-    stages: OrderedDict[str, nn.Module] = OrderedDict()
-    kernel, stride = {"imagenet": (7, 2), "conv": (3, 2), "cifar": (3, 1)}[stem]
-    stages["stem"] = ConvNormAct(in_chans, now, kernel, stride)
-    if stem == "imagenet":
+    if block not in ("basic", "bottleneck") or shortcut not in ("projection", "identity"):
+        raise ValueError('block is "basic" or "bottleneck", shortcut "projection" or "identity"')
+    make = partial(bottleneck, groups=groups, base_width=base_width) if block == "bottleneck" else basic
+    kernel, stride, pool = STEMS[o.stem]
+    now = o.channels(channels[0])
+    stages: OrderedDict[str, nn.Module] = OrderedDict(stem=o.conv(o.in_chans, now, kernel, stride))
+    if pool:
         stages["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
     for stage, (blocks, base) in enumerate(zip(layers, channels, strict=True), start=1):
-        out = round_channels(base * width)
+        out = o.channels(base) * (EXPANSION if block == "bottleneck" else 1)
         for i in range(blocks):
-            stages[f"stage{stage}_block{i + 1}"] = basic(now, out, stride=2 if i == 0 and stage > 1 else 1)
+            stride = 2 if i == 0 and stage > 1 else 1
+            body = nn.Sequential(make(o, now, out, stride))
+            side = None
+            if stride != 1 or now != out:
+                identity = shortcut == "identity"
+                side = identity_shortcut(now, out, stride) if identity else o.conv(now, out, 1, stride, act=False)
+            stages[f"stage{stage}_block{i + 1}"] = Residual(body, side, o.activation())
             now = out
-    return Net(stages, Classifier(now, num_classes, drop_rate))
+    return Net(stages, o.classifier(now))
 
 
 def cifar(depth: int) -> dict[str, object]:
-    """Section 4.2: depth 6n + 2, three stages of 16, 32 and 64 channels."""
-    return {"stem": "cifar", "layers": [(depth - 2) // 6] * 3, "channels": [16, 32, 64]}
+    """Section 4.2: depth 6n + 2, three stages of 16, 32 and 64 channels, identity shortcuts."""
+    return {"stem": "cifar", "layers": [(depth - 2) // 6] * 3, "channels": [16, 32, 64], "shortcut": "identity"}
 
 
+initialise = kaiming_normal
+REFERENCE = "torchvision"
+DEEP = {"block": "bottleneck"}
 VARIANTS = {
-    "resnet18": {"layers": [2, 2, 2, 2]},
-    "resnet34": {"layers": [3, 4, 6, 3]},
     "resnet10": {"layers": [1, 1, 1, 1]},
     "resnet10_conv": {"layers": [1, 1, 1, 1], "stem": "conv"},
-    "resnet8_cifar": cifar(8),
-    "resnet14_cifar": cifar(14),
-    "resnet20_cifar": cifar(20),
-    "resnet32_cifar": cifar(32),
-    "resnet44_cifar": cifar(44),
-    "resnet56_cifar": cifar(56),
-    "resnet110_cifar": cifar(110),
-}
+    "resnet18": {"layers": [2, 2, 2, 2]},
+    "resnet34": {"layers": [3, 4, 6, 3]},
+    "resnet50": {"layers": [3, 4, 6, 3], **DEEP},
+    "resnet101": {"layers": [3, 4, 23, 3], **DEEP},
+    "resnet152": {"layers": [3, 8, 36, 3], **DEEP},
+} | {f"resnet{depth}_cifar": cifar(depth) for depth in (8, 14, 20, 32, 44, 56, 110)}
 CANDIDATES = {"large": ("resnet10", "resnet10_conv"), "small": ("resnet8_cifar", "resnet14_cifar", "resnet20_cifar")}
 WIDTHS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5)

@@ -1,89 +1,78 @@
 """SqueezeNet: AlexNet-level accuracy with 50x fewer parameters and <0.5MB model size.
 
-Iandola et al., arXiv:1602.07360.
+Iandola et al., arXiv:1602.07360; version 1.1 is the authors' later one, of the same accuracy with 2.4 times less work.
 """
 
 from collections import OrderedDict
-from functools import partial
 
 from torch import nn
 
-from flyweight.blocks import ConvClassifier, ConvNormAct, Fire, relu
+from flyweight.blocks import ConvClassifier, Fire, Options, Residual
+from flyweight.initialise import kaiming_uniform, small_normal
 from flyweight.net import Net
-from flyweight.ops import round_channels
 
-# Squeeze and expand (1 × 1 and 3 × 3 alike) channels of the fire modules; "pool" is a 3 × 3 max-pool of stride 2.
-ROWS_1_1 = [
-    "pool",
-    (16, 64),
-    (16, 64),
-    "pool",
-    (32, 128),
-    (32, 128),
-    "pool",
-    (48, 192),
-    (48, 192),
-    (64, 256),
-    (64, 256),
-]
+# version → channels and kernel of the first convolution, the fire modules before which a 3 × 3 max-pool of stride 2 is.
+VERSIONS = {"1.0": (96, 7, (2, 5, 9)), "1.1": (64, 3, (2, 4, 6))}
+FIRST, LAST = 2, 9  # fire2 … fire9
+BYPASSES = ("none", "simple", "complex")
 
 
-def conv_act(in_channels: int, out_channels: int, kernel: int) -> nn.Module:
-    """Convolution with bias, then ReLU: the paper's networks have no batch normalisation."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2)
-    return nn.Sequential(OrderedDict(conv=conv, act=relu()))
+def bypassed(o: Options, fire: Fire, in_channels: int, out_channels: int, bypass: str) -> nn.Module:
+    """Section 6: "simple" adds the input where its channels fit, "complex" elsewhere too, through a 1 × 1."""
+    if bypass == "none" or (bypass == "simple" and in_channels != out_channels):
+        return fire
+    projection = o.conv(in_channels, out_channels, 1, act=False) if in_channels != out_channels else None
+    return Residual(fire, projection)
 
 
 def build(
-    num_classes: int = 1000,
-    in_chans: int = 3,
-    width: float = 1.0,
-    drop_rate: float = 0.5,
-    stem: str = "imagenet",
-    norm: str = "none",
+    o: Options,
+    version: str = "1.0",
+    bypass: str = "none",
+    base_e: int = 128,
+    incr_e: int = 128,
+    freq: int = 2,
+    squeeze_ratio: float = 0.125,
+    pct_3x3: float = 0.5,
 ) -> Net:
-    """SqueezeNet 1.1; `norm="batch"` normalises every convolution, which training from scratch in minutes needs.
+    """SqueezeNet with the metaparameters of section 5.1, whose defaults give version 1.0.
 
-    `stem` "imagenet" (stride 2, no padding) or "cifar" (stride 1).
+    Fire module i expands to eᵢ = base_e + incr_e · ⌊i / freq⌋ channels, of which pct_3x3 by 3 × 3 kernels, from
+    squeeze_ratio · eᵢ. `stem` "cifar" keeps the picture's size; `norm="batch"` normalises every convolution and drops
+    the ReLU on the logits, as training from scratch in minutes needs.
     """
-    channels = round_channels(64 * width)
-    conv = partial(ConvNormAct) if norm == "batch" else conv_act
-    stages: OrderedDict[str, nn.Module] = OrderedDict()
-    if stem == "cifar":
-        stages["stem"] = conv(in_chans, channels, 3)
-    elif norm == "batch":
-        stages["stem"] = ConvNormAct(in_chans, channels, 3, stride=2)
-    else:
-        stages["stem"] = nn.Sequential(OrderedDict(conv=nn.Conv2d(in_chans, channels, 3, stride=2), act=relu()))
-    pools = fires = 0
-    for row in ROWS_1_1:
-        if row == "pool":
-            pools += 1
-            stages[f"pool{pools}"] = nn.MaxPool2d(3, stride=2, ceil_mode=True)
-            continue
-        squeeze, expand = (round_channels(c * width) for c in row)
-        fires += 1
-        stages[f"fire{fires + 1}"] = Fire(channels, squeeze, expand, expand, conv)
-        channels = 2 * expand
-    return Net(stages, ConvClassifier(channels, num_classes, drop_rate, act=norm == "none"))
+    if bypass not in BYPASSES:
+        raise ValueError(f"bypass is one of {', '.join(BYPASSES)}")
+    channels, kernel, pools = VERSIONS[version]
+    channels = o.channels(channels)
+    first = (3, 1, None) if o.stem == "cifar" else (kernel, 2, 0)
+    stages: OrderedDict[str, nn.Module] = OrderedDict(stem=o.conv(o.in_chans, channels, *first))
+    for i in range(FIRST, LAST + 1):
+        if i in pools:
+            stages[f"pool{pools.index(i) + 1}"] = nn.MaxPool2d(3, stride=2, ceil_mode=True)
+        expanded = base_e + incr_e * ((i - FIRST) // freq)
+        expand3x3 = o.channels(round(expanded * pct_3x3), 4)
+        expand1x1 = o.channels(expanded - round(expanded * pct_3x3), 4)
+        squeeze = o.channels(expanded * squeeze_ratio)
+        fire = Fire(o, channels, squeeze, (expand1x1, expand3x3))
+        stages[f"fire{i}"] = bypassed(o, fire, channels, expand1x1 + expand3x3, bypass)
+        channels = expand1x1 + expand3x3
+    act = o.activation() if o.norm == "none" else None
+    return Net(stages, ConvClassifier(channels, o.num_classes, o.drop_rate, act))
 
 
-def initialise(net: Net) -> None:
-    """Kaiming-uniform, the last convolution N(0, 0.01), biases 0, as the authors' Caffe net."""
-    for leaf in net.modules():
-        if isinstance(leaf, nn.Conv2d):
-            nn.init.kaiming_uniform_(leaf.weight)
-            if leaf.bias is not None:
-                nn.init.zeros_(leaf.bias)
-    last = net.head.get_submodule("conv")
-    assert isinstance(last, nn.Conv2d)
-    nn.init.normal_(last.weight, std=0.01)
+def initialise(net: nn.Module) -> None:
+    """Kaiming-uniform, the last convolution N(0, 0.01), biases 0, as the authors' Caffe network."""
+    kaiming_uniform(net)
+    if isinstance(net, Net) and isinstance(net.get_classifier(), nn.Conv2d):
+        small_normal(net.get_classifier().get_parameter("weight"))
 
 
+DEFAULTS = {"norm": "none", "drop_rate": 0.5}
+REFERENCE = "torchvision"
 VARIANTS = {
-    "squeezenet1_1": {},
-    "squeezenet1_1_bn": {"norm": "batch", "drop_rate": 0.0},
-    "squeezenet1_1_small": {"norm": "batch", "drop_rate": 0.0, "stem": "cifar"},
+    "squeezenet1_0": {"version": "1.0"},
+    "squeezenet1_1": {"version": "1.1"},
 }
-CANDIDATES = {"large": ("squeezenet1_1_bn",), "small": ("squeezenet1_1_small",)}
+CANDIDATES = {"large": ("squeezenet1_1",), "small": ("squeezenet1_1",)}
 WIDTHS = (0.25, 0.35, 0.5, 0.75, 1.0)

@@ -1,0 +1,106 @@
+"""Aligned Xception, the backbone of DeepLab v3+.
+
+"Encoder-Decoder with Atrous Separable Convolution for Semantic Image Segmentation" (Chen et al., arXiv:1802.02611,
+figure 4): Xception with strided separable convolutions in place of max-pools, and a norm after each depthwise one.
+Its features are the blocks' sums, before the ReLU that the next block begins with. `aligned_xception`, 20 blocks, is
+the 65-layer form but for where the exit flow has its activations.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from torch import nn
+
+from flyweight.blocks import Options, Residual
+from flyweight.initialise import kaiming_normal
+from flyweight.net import Net
+
+# Number of blocks in the entry flow → output channels and stride of each.
+ENTRIES = {
+    3: [(128, 2), (256, 2), (728, 2)],
+    5: [(128, 2), (256, 1), (256, 2), (728, 1), (728, 2)],
+}
+MIDDLE = 728
+# Output channels of the three separable convolutions in the last block, whose stride is 2, and after it.
+LAST, EXIT = (728, 1024, 1024), (1536, 1536, 2048)
+# stem → stride of the first convolution and of the first block.
+STEMS = {"imagenet": (2, 2), "cifar": (1, 1)}
+
+
+def separable(o: Options, in_channels: int, out_channels: int, stride: int = 1, act: bool = False) -> nn.Sequential:
+    """3 × 3 depthwise, norm, 1 × 1, norm; with `act` an activation after both norms."""
+    depthwise = o.depthwise(in_channels, stride=stride, act=act)
+    return nn.Sequential(OrderedDict(depthwise=depthwise, pointwise=o.conv(in_channels, out_channels, 1, act=act)))
+
+
+def separables(o: Options, in_channels: int, channels: Sequence[int], stride: int, act_first: bool) -> nn.Sequential:
+    """An activation before each of the separable convolutions, the first on request; the last one strides."""
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    now = in_channels
+    for i, out in enumerate(channels, start=1):
+        if i > 1 or act_first:
+            parts[f"act{i}"] = o.activation(inplace=i > 1)  # others read what the first one would overwrite
+        parts[f"conv{i}"] = separable(o, now, out, stride if i == len(channels) else 1)
+        now = out
+    return nn.Sequential(parts)
+
+
+def block(o: Options, in_channels: int, channels: Sequence[int], stride: int, act_first: bool = True) -> Residual:
+    """The shortcut reads the block's input as it is, before the ReLU that the body begins with."""
+    body = separables(o, in_channels, channels, stride, act_first)
+    for name, layer in o.excite(channels[-1]):
+        body.add_module(name, layer)
+    same = stride == 1 and in_channels == channels[-1]
+    return Residual(body, None if same else o.conv(in_channels, channels[-1], 1, stride, act=False))
+
+
+def exit_flow(o: Options, in_channels: int, channels: Sequence[int], act: str) -> nn.Sequential:
+    """Separable convolutions without a shortcut: activations "inside" them or "between" them (before and after too)."""
+    if act == "between":
+        flow = separables(o, in_channels, channels, 1, act_first=True)
+        flow.add_module("act", o.activation())
+        return flow
+    parts: OrderedDict[str, nn.Module] = OrderedDict()
+    now = in_channels
+    for i, out in enumerate(channels, start=1):
+        parts[f"conv{i}"] = separable(o, now, out, act=True)
+        now = out
+    return nn.Sequential(parts)
+
+
+def build(o: Options, entry: int = 3, middle: int = 16, exit_act: str = "inside") -> Net:
+    """Aligned Xception with `entry` (3 or 5) and `middle` blocks, and one more before the exit flow.
+
+    `exit_act` "inside": an activation after the depthwise and the pointwise convolutions of the exit flow, as in
+    TensorFlow's DeepLab; "between": before the first, and after each pointwise one, as in the 20-block form.
+    """
+    if exit_act not in ("inside", "between"):
+        raise ValueError(f'exit_act is "inside" or "between", not {exit_act!r}')
+    stem_stride, first_stride = STEMS[o.stem]
+    first, now = o.channels(32), o.channels(64)
+    stages: OrderedDict[str, nn.Module] = OrderedDict(
+        conv1=o.conv(o.in_chans, first, 3, stem_stride), conv2=o.conv(first, now)
+    )
+    rows = [((base,) * 3, stride) for base, stride in [*ENTRIES[entry], *[(MIDDLE, 1)] * middle]]
+    for i, (bases, stride) in enumerate([*rows, (LAST, 2)], start=1):
+        channels = [o.channels(base) for base in bases]
+        # The first block follows an activation, which another one would only repeat.
+        stages[f"block{i}"] = block(o, now, channels, first_stride if i == 1 else stride, act_first=i > 1)
+        now = channels[-1]
+    channels = [o.channels(base) for base in EXIT]
+    stages["exit"] = exit_flow(o, now, channels, exit_act)
+    return Net(stages, o.classifier(channels[-1]))
+
+
+DEFAULTS = {"eps": 1e-3}
+initialise = kaiming_normal
+SIZE = 299
+REFERENCE = "timm xception41, xception65, xception71; AlignedXception of DeepLab v3+ in PyTorch, with true shortcuts"
+VARIANTS = {
+    "aligned_xception": {"exit_act": "between", "eps": 1e-5, "size": 512},
+    "aligned_xception_41": {"middle": 8},
+    "aligned_xception_65": {},
+    "aligned_xception_71": {"entry": 5},
+}
+CANDIDATES = {"large": ("aligned_xception_41",), "small": ("aligned_xception_41",)}
+WIDTHS = (0.125, 0.25, 0.5, 0.75, 1.0)

@@ -1,0 +1,55 @@
+"""MobileNetV2: Inverted Residuals and Linear Bottlenecks (Sandler et al., arXiv:1801.04381)."""
+
+from collections import OrderedDict
+
+from torch import nn
+
+from flyweight.blocks import InvertedResidual, Options, Residual
+from flyweight.initialise import kaiming_normal_by_group
+from flyweight.net import FINAL, Net
+
+# Table 2: expansion factor t, output channels c, repeats n, stride s of the first of them.
+ROWS = [
+    (1, 16, 1, 1),
+    (6, 24, 2, 2),
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
+]
+# The usual form for 32-pixel pictures: the first convolution and the first row that halves the picture keep its size.
+CIFAR = [*ROWS[:1], (6, 24, 2, 1), *ROWS[2:]]
+# stem → stride of the first convolution, rows.
+STEMS = {"imagenet": (2, ROWS), "cifar": (1, CIFAR)}
+LAST = 1280
+
+
+def build(o: Options) -> Net:
+    """MobileNetV2; the width multiplier does not make the last convolution narrower (section 4)."""
+    stride, rows = STEMS[o.stem]
+    channels = o.channels(32)
+    stages: OrderedDict[str, nn.Module] = OrderedDict(stem=o.conv(o.in_chans, channels, 3, stride))
+    for t, c, n, s in rows:
+        out = o.channels(c)
+        for i in range(n):
+            stride = s if i == 0 else 1
+            block = InvertedResidual(o, channels, t * channels, out, stride=stride)
+            stages[f"block{len(stages)}"] = Residual(block) if stride == 1 and channels == out else block
+            channels = out
+    last = max(LAST, o.channels(LAST))
+    stages[FINAL] = o.conv(channels, last, 1)
+    return Net(stages, o.classifier(last))
+
+
+DEFAULTS = {"act": "relu6", "drop_rate": 0.2}
+initialise = kaiming_normal_by_group
+REFERENCE = "torchvision; timm mobilenetv2_050"
+VARIANTS = {
+    "mobilenet_v2": {},
+    "mobilenet_v2_075": {"width": 0.75},
+    "mobilenet_v2_050": {"width": 0.5},
+    "mobilenet_v2_035": {"width": 0.35},
+}
+CANDIDATES = {"large": ("mobilenet_v2",), "small": ("mobilenet_v2",)}
+WIDTHS = (0.125, 0.25, 0.35, 0.5, 0.75, 1.0)

@@ -1,0 +1,79 @@
+"""The zoo in timm's registry, and what timm's factory makes of it; scripts/timm_tests.py runs timm's own tests."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flyweight.create import create_model
+from flyweight.errors import UsageError
+from flyweight.timm_models import PREFIX, register
+from flyweight.weights import net_bytes
+from flyweight.zoo import list_models
+
+STEM = "features.stem.conv.weight"
+
+
+@pytest.fixture
+def timm() -> Any:
+    module = pytest.importorskip("timm", reason="timm is not installed")
+    register()
+    return module
+
+
+def test_without_timm_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm.models", None)
+    with pytest.raises(UsageError, match="pip install timm"):
+        register()
+
+
+def test_every_network_is_listed_once(timm: Any) -> None:
+    names = register()
+    assert sorted(names) == sorted(timm.list_models(f"{PREFIX}*")) == sorted(timm.list_models(module="flyweight"))
+    assert [name.removeprefix(PREFIX) for name in names] == list_models()
+    assert timm.list_models(f"{PREFIX}*", pretrained=True) == []
+
+
+def test_features_of_a_grey_picture(timm: Any) -> None:
+    net = timm.create_model("fw_squeezenet1_1", num_classes=10, in_chans=1, features_only=True, out_indices=(1, -1))
+    features = net(torch.zeros(2, 1, 96, 96))
+    assert [tuple(feature.shape) for feature in features] == [(2, 128, 23, 23), (2, 512, 5, 5)]
+    assert net.feature_info.channels() == [128, 512]
+    assert (net.in_chans, net.default_cfg["first_conv"]) == (1, "features.stem.conv")
+
+
+def test_auxiliary_heads_are_off_unless_asked_for(timm: Any) -> None:
+    assert len(timm.create_model("fw_googlenet").aux) == 0
+    assert len(timm.create_model("fw_googlenet", aux=True).aux) == 2
+
+
+def test_an_argument_that_no_network_takes_is_a_type_error(timm: Any) -> None:
+    with pytest.raises(TypeError, match="takes no 'patch_size'"):
+        timm.create_model("fw_mobilenet_v1", patch_size=16)
+
+
+def test_timm_places_and_converts_the_network(timm: Any) -> None:
+    net = timm.create_model("fw_mobilenet_v1_cifar", device="meta", dtype=torch.bfloat16)
+    assert {(tensor.device.type, tensor.dtype) for tensor in net.parameters()} == {("meta", torch.bfloat16)}
+
+
+def test_pooling_is_chosen_by_its_name_in_timm(timm: Any) -> None:
+    net = timm.create_model("fw_mobilenet_v1_cifar", num_classes=0, global_pool="")
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 1024, 2, 2)
+
+
+@pytest.mark.parametrize(("num_classes", "in_chans"), [(5, 3), (7, 3), (5, 1)])
+def test_weights_of_a_file_are_adapted_as_timm_does(timm: Any, tmp_path: Path, num_classes: int, in_chans: int) -> None:
+    trained = create_model("mobilenet_v1_cifar", num_classes=5, width=0.25)
+    (tmp_path / "model.safetensors").write_bytes(net_bytes(trained))
+    source = {"file": str(tmp_path / "model.safetensors"), "num_classes": 5}
+    wanted = {"num_classes": num_classes, "in_chans": in_chans, "width": 0.25}
+    net = timm.create_model("fw_mobilenet_v1_cifar", True, pretrained_cfg_overlay=source, **wanted)
+    ours, theirs = trained.state_dict(), net.state_dict()
+    reshaped = {name for name in ours if theirs[name].shape != ours[name].shape}
+    classifier = {"head.fc.weight", "head.fc.bias"} if num_classes != 5 else set()
+    assert reshaped == classifier | ({STEM} if in_chans != 3 else set())
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() - reshaped)
+    torch.testing.assert_close(theirs[STEM].sum(dim=1), ours[STEM].sum(dim=1))
