@@ -422,3 +422,63 @@ def test_a_name_claimed_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_cannot_be_built_is_told_in_a_sentence(name: str, args: dict, told: str) -> None:
     with pytest.raises(UsageError, match=told):
         create_model(name, **args)
+
+
+def stds(net: nn.Module) -> list[tuple[nn.Conv2d | nn.Linear, float]]:
+    """Each large layer with the standard deviation of its weights."""
+    layers = [leaf for leaf in net.modules() if isinstance(leaf, nn.Conv2d | nn.Linear) and leaf.weight.numel() > 4000]
+    return [(leaf, leaf.weight.std().item()) for leaf in layers]
+
+
+def fan_out_std(leaf: nn.Module, per_group: bool) -> float:
+    """√(2 / (k² · C_out)), with `per_group` of one group's outputs."""
+    assert isinstance(leaf, nn.Conv2d)
+    groups = leaf.groups if per_group else 1
+    return (2 * groups / (leaf.kernel_size[0] * leaf.kernel_size[1] * leaf.out_channels)) ** 0.5
+
+
+@pytest.mark.parametrize("name", ["aligned_xception", "resnet18", "xception", "mobilenet_v3_large"])
+def test_convolutions_start_by_their_fan_out(name: str) -> None:
+    torch.manual_seed(0)
+    for leaf, std in stds(create_model(name, width=0.5, num_classes=0).features):
+        assert std == pytest.approx(fan_out_std(leaf, per_group=False), rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_v1", "mobilenet_v2"])
+def test_mobilenets_start_by_the_fan_out_of_a_group(name: str) -> None:
+    torch.manual_seed(0)
+    layers = [(leaf, std) for leaf, std in stds(create_model(name)) if isinstance(leaf, nn.Conv2d)]
+    assert any(leaf.groups > 1 for leaf, _ in layers)
+    for leaf, std in layers:
+        assert std == pytest.approx(fan_out_std(leaf, per_group=True), rel=0.06)
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_0", "squeezenet1_1", "nin"])
+def test_networks_from_caffe_start_uniform(name: str) -> None:
+    torch.manual_seed(0)
+    net = create_model(name)
+    last = net.get_classifier()
+    for leaf, std in stds(net.features):
+        assert isinstance(leaf, nn.Conv2d)
+        bound = (6 / (leaf.kernel_size[0] * leaf.kernel_size[1] * leaf.in_channels)) ** 0.5
+        assert leaf.weight.abs().max() <= bound
+        assert std == pytest.approx(bound / 3**0.5, rel=0.06)
+    assert isinstance(last, nn.Conv2d)
+    assert last.weight.std().item() == pytest.approx(0.01, rel=0.06)
+    biases = [p for path, p in net.named_parameters() if path.endswith("bias")]
+    assert biases
+    assert all(not p.any() for p in biases)
+
+
+@pytest.mark.parametrize(("name", "std"), [("googlenet", 0.01), ("inception_v3", 0.1)])
+def test_inceptions_start_with_one_deviation(name: str, std: float) -> None:
+    torch.manual_seed(0)
+    assert {round(found, 2) for _, found in stds(create_model(name, width=0.5, aux=False))} == {std}
+
+
+@pytest.mark.parametrize("name", ["alexnet", "shufflenet_v2", "inception_v4"])
+def test_others_start_as_torch_leaves_it(name: str) -> None:
+    torch.manual_seed(0)
+    for leaf, std in stds(create_model(name, width=0.5)):
+        fan_in = leaf.weight[0].numel()
+        assert std == pytest.approx((3 * fan_in) ** -0.5, rel=0.06)
