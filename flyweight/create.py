@@ -20,7 +20,7 @@ def create_model(
     pretrained: bool | str | Path = False,
     *,
     features_only: Literal[True],
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     **args: Any,
 ) -> FeatureNet: ...
 
@@ -30,7 +30,7 @@ def create_model(
     pretrained: bool | str | Path = False,
     *,
     features_only: bool = False,
-    out_indices: Sequence[int] | None = None,
+    out_indices: int | Sequence[int] | None = None,
     **args: Any,
 ) -> Net | FeatureNet:
     """A named network: normalised pictures [N, in_chans, H, W] → logits [N, num_classes].

@@ -93,6 +93,7 @@ class Net(nn.Module):
         self.aux_weight = aux_weight
         self.spec = Spec("")
         self.taps: tuple[str, ...] | None = None
+        self._cfg: dict[str, Any] = {}
 
     @property
     def _head(self) -> Head:
@@ -129,6 +130,11 @@ class Net(nn.Module):
         return self._head.hidden_features
 
     @property
+    def in_chans(self) -> int:
+        """The channels of the pictures."""
+        return self.spec.input[0]
+
+    @property
     def num_classes(self) -> int:
         """How many classes the logits are for; 0 without a classifier."""
         return int(self.spec.args.get("num_classes", 1000))
@@ -147,7 +153,7 @@ class Net(nn.Module):
             self._change_pool(global_pool, num_classes)
         like = next(self.parameters())
         for head in (self.head, *self.aux.values()):
-            new = cast(Head, head).linear(num_classes).to(like)
+            new = cast(Head, head).linear(num_classes).to(like).train(self.training)
             draw(new, small_normal, small_normal)
             cast(Head, head).fc = new
         self.spec = self.spec.with_args(num_classes=num_classes)
@@ -160,6 +166,9 @@ class Net(nn.Module):
             if num_classes:
                 raise UsageError('global_pool="" leaves a map, which no classifier takes: it needs num_classes=0')
             self.head.add_module("hidden", nn.Identity())
+            self._head.hidden_features = self._head.in_features
+        elif type(self._head.pool) is POOLS[name]:
+            return
         elif not isinstance(hidden, nn.Identity):
             raise UsageError(f"the hidden layers of {self.spec.family}'s classifier fix its pooling")
         self._head.pool = POOLS[name]()
@@ -203,12 +212,14 @@ class Net(nn.Module):
             "std": IMAGENET_STD,
             "first_conv": first,
             "classifier": last,
+            **self._cfg,
         }
 
-    @property
-    def default_cfg(self) -> dict[str, Any]:
-        """The same under timm's older name."""
-        return self.pretrained_cfg
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, cfg: Mapping[str, Any]) -> None:
+        self._cfg = dict(cfg)
+
+    default_cfg = pretrained_cfg  # timm's older name
 
 
 def tap_names(fields: Mapping[str, Field]) -> tuple[str, ...]:
@@ -220,12 +231,15 @@ def tap_names(fields: Mapping[str, Field]) -> tuple[str, ...]:
 class FeatureNet(nn.Module):
     """A Net without its head: [N, C, H, W] → a list of features, from fine to coarse.
 
-    `out_indices` choose among `net.feature_info`, as in a list, negative ones from the end.
+    `out_indices` choose among `net.feature_info`, as in a list, negative ones from the end; a number means the last so
+    many. Raises UsageError where they reach beyond.
     """
 
-    def __init__(self, net: Net, out_indices: Sequence[int] | None = None) -> None:
+    def __init__(self, net: Net, out_indices: int | Sequence[int] | None = None) -> None:
         super().__init__()
         info = net.feature_info
+        if isinstance(out_indices, int):
+            out_indices = range(-out_indices, 0)
         indices = range(len(info)) if out_indices is None else out_indices
         try:
             chosen = sorted({range(len(info))[i] for i in indices})

@@ -245,24 +245,37 @@ def _tell_losers(pool: list[Candidate], winner: Candidate) -> None:
 
 
 def _trial(work: Work, candidate: Candidate, rung: int, seconds: float) -> float | None:
-    """The validation accuracy of a short training; None where its loss diverges."""
+    """The validation accuracy of a short training; None where its loss diverges.
+
+    A trial that saw fewer pictures than the one before, in twice the time, was disturbed by something else on the
+    machine: it is repeated once, since such a moment must not decide.
+    """
     record = work.records.find("trial", name=candidate.name, rung=rung)
     if record is None:
-        net, preprocess = start(work, candidate)
-        found: dict[str, float | None] = {"epochs": None, "val_top1": None, "mirrored_top1": None}
-        try:
-            job = _training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds))
-            job.recipe = replace(job.recipe, flip=False)
-            trained = train(job)
-            mirrored, _ = score(logits(net, job.validation, preprocess, mirror=True), job.validation.labels)
-            found = {"epochs": trained.epochs, "val_top1": trained.accuracy, "mirrored_top1": mirrored}
-        except Diverged as error:
-            work.records.say(f"{candidate.name} is out: {error}")
+        found = _tried(work, candidate, seconds)
+        before = work.records.find("trial", name=candidate.name, rung=rung - 1)
+        if before is not None and 0 < (found["epochs"] or 0) < (before["epochs"] or 0):
+            work.records.say(f"the trial of {candidate.name} is repeated: the machine was busy with something else")
+            found = _tried(work, candidate, seconds)
         record = work.records.write("trial", name=candidate.name, rung=rung, seconds=round(seconds, 2), **found)
     candidate.status, candidate.val_top1, candidate.epochs = "tried", record["val_top1"], record["epochs"]
     if candidate.val_top1 is None:
         candidate.why = "its loss diverged"
     return candidate.val_top1
+
+
+def _tried(work: Work, candidate: Candidate, seconds: float) -> dict[str, float | None]:
+    """What a short training finds: epochs, accuracy, accuracy on mirror images; None where the loss diverges."""
+    net, preprocess = start(work, candidate)
+    job = _training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds))
+    job.recipe = replace(job.recipe, flip=False)
+    try:
+        trained = train(job)
+    except Diverged as error:
+        work.records.say(f"{candidate.name} is out: {error}")
+        return {"epochs": None, "val_top1": None, "mirrored_top1": None}
+    mirrored, _ = score(logits(net, job.validation, preprocess, mirror=True), job.validation.labels)
+    return {"epochs": trained.epochs, "val_top1": trained.accuracy, "mirrored_top1": mirrored}
 
 
 def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:

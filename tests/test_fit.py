@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,8 +21,10 @@ import flyweight
 from flyweight import stages
 from flyweight.data import open_source
 from flyweight.errors import DataError, ParityError, UsageError
-from flyweight.records import read_records
+from flyweight.records import Records, read_records
+from flyweight.search.space import Candidate
 from flyweight.weights import load_net
+from flyweight.zoo import spec_of
 
 FORMATS = ("png", "jpg", "webp", "bmp", "gif")
 BUDGET = "latency<=20ms, size<=200KB"
@@ -304,3 +307,18 @@ def test_environment_is_recorded(finished: tuple[flyweight.Run, Path]) -> None:
     environment = json.loads((finished[0].folder / "environment.json").read_text(encoding="utf-8"))
     assert environment["cores"] == os.cpu_count()
     assert set(environment["versions"]) >= {"torch", "onnxruntime", "numpy"}
+
+
+@pytest.mark.parametrize(("epochs", "repeated"), [((1.0, 2.0), False), ((1.0, 0.1, 2.1), True), ((1.0, None), False)])
+def test_a_disturbed_trial_is_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: tuple[float | None, ...], repeated: bool
+) -> None:
+    found = iter({"epochs": each, "val_top1": each and each / 10, "mirrored_top1": None} for each in epochs)
+    monkeypatch.setattr(stages, "_tried", lambda work, candidate, seconds: next(found))
+    work = SimpleNamespace(records=Records(tmp_path, lambda: 0.0))
+    candidate = Candidate("resnet8_cifar", spec_of("resnet8_cifar"))
+    for rung in (0, 1):
+        accuracy = stages._trial(work, candidate, rung, 3.0)
+    assert accuracy == (epochs[-1] and epochs[-1] / 10)
+    assert next(found, None) is None
+    assert any("repeated" in record["message"] for record in work.records.all("log")) is repeated

@@ -186,6 +186,8 @@ def test_features_come_at_each_stride(net: Net) -> None:
         net(x)
         hook.remove()
         assert torch.equal(each, taken[0])
+    last = FeatureNet(copy.deepcopy(net), out_indices=1).eval()
+    assert torch.equal(last(x)[0], maps[-1])
     chosen = FeatureNet(copy.deepcopy(net), out_indices=(0, -1)).eval()
     assert [torch.equal(a, b) for a, b in zip(chosen(x), (maps[0], maps[-1]), strict=True)] == [True, True]
 
