@@ -1,7 +1,8 @@
 """What a network is: the Spec that rebuilds it, and the Net, one contract (timm's names) for every family."""
 
+import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, cast
 
@@ -43,6 +44,11 @@ class Spec:
     def with_args(self, **args: Any) -> "Spec":
         """The Spec with some arguments changed."""
         return replace(self, args={**self.args, **args})
+
+
+# What another library calls our modules: a pattern for the whole path of ours, and theirs as a template for
+# `re.Match.expand` or a function of the match.
+Rules = list[tuple[str, str | Callable[[re.Match[str]], str]]]
 
 
 class Head(Protocol):

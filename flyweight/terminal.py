@@ -186,7 +186,7 @@ def show_cost(name: str, spec: "Spec", counted: "NetCost", per_layer: bool, as_j
         "arithmetic_intensity": round(counted.intensity, 3),
     }
     if as_json:
-        layers = [_layer_row(each) | {"flops_per_byte": round(each.intensity, 3)} for each in counted.layers]
+        layers = [_layer_row(each) for each in counted.layers]
         print(json.dumps(totals | ({"layers": layers} if per_layer else {}), indent=2))
         return
     if per_layer:
@@ -216,6 +216,7 @@ def _layer_row(layer: "LayerCost") -> dict[str, Any]:
         "weights": layer.weights + layer.biases,
         "activations": layer.values,
         "field": "x".join(map(str, layer.field)),
+        "flops/byte": round(layer.intensity, 1),
     }
 
 
@@ -248,8 +249,10 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         console = Console(highlight=False, width=10_000)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for key, value in rows[0].items():
-        table.add_column(key, justify="right" if isinstance(value, int) else "left", overflow="fold")
+        table.add_column(key, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else escape(str(value)) for value in row.values()))
+        table.add_row(
+            *(f"{value:,}" if isinstance(value, int | float) else escape(str(value)) for value in row.values())
+        )
     console.print(table)
     sys.stdout.flush()

@@ -18,7 +18,8 @@ def net_bytes(net: Net) -> bytes:
     return save(tensors, {"format": "pt", "spec": json.dumps(net.spec.to_json())})
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file. Raises UsageError where there is none."""
     if not path.exists():
         raise UsageError(f"{path} does not exist: check the path")
     try:
@@ -31,7 +32,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def load_net(path: Path) -> Net:
     """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where there is none."""
-    tensors, metadata = _read(path)
+    tensors, metadata = read_tensors(path)
     if "spec" not in metadata:
         raise UsageError(f"{path} has no Spec in its metadata, so it was not written by flyweight")
     net = build(Spec.from_json(json.loads(metadata["spec"])))
@@ -45,7 +46,7 @@ def _told(tensor: Tensor | None) -> str:
 
 def load_into(net: Net, path: Path) -> None:
     """Fills a network with the tensors of a file. Raises UsageError, naming a tensor, where they do not fit exactly."""
-    tensors, _ = _read(path)
+    tensors, _ = read_tensors(path)
     own = net.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         ours, theirs = own.get(name), tensors.get(name)

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
-    "ops", "graph", "initialise", "blocks", "net", "adapt", "zoo", "fold", "costs", "weights", "create", "timm_models",
+    "ops", "graph", "initialise", "blocks", "net", "adapt", "zoo", "fold", "costs", "weights", "create", "foreign", "timm_models",
     "tables", "train", "export", "bench", "compress", "search", "stages", "fitting", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.

@@ -84,19 +84,21 @@ FORMS = [
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small are slower on two threads, and much slower where something else runs."""
-    threads = torch.get_num_threads()
+def threads() -> Iterator[int]:
+    """One for small networks, which are slower on two, and much slower where something else runs."""
+    usual = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    yield usual
+    torch.set_num_threads(usual)
 
 
 @pytest.fixture(scope="module", params=FORMS)
-def net(request: pytest.FixtureRequest) -> Net:
+def net(request: pytest.FixtureRequest, threads: int) -> Iterator[Net]:
     """Each model once: tests that change it change a copy."""
     name, form = request.param
-    return form(name)
+    torch.set_num_threads(threads if form is full else 1)
+    yield form(name)
+    torch.set_num_threads(1)
 
 
 def picture(net: Net, n: int = 2) -> torch.Tensor:
@@ -138,6 +140,19 @@ def test_small_forms_equal_the_reference(name: str, args: dict, params: int, mac
 def test_forms_have_their_published_parameters(name: str, args: dict, params: int) -> None:
     with torch.device("meta"):
         assert sum(p.numel() for p in create_model(name, **args).parameters()) == params
+
+
+@pytest.mark.parametrize(
+    ("args", "mebibytes"),
+    [
+        ({"squeeze_ratio": 0.75}, 18.5),
+        ({"squeeze_ratio": 0.5, "pct_3x3": 0.01}, 5.6),
+        ({"squeeze_ratio": 0.5, "pct_3x3": 0.5}, 13.0),
+        ({"squeeze_ratio": 0.5, "pct_3x3": 0.99}, 20.3),
+    ],
+)
+def test_squeezenets_design_space_has_the_papers_sizes(args: dict, mebibytes: float) -> None:
+    assert round(4 * cost("squeezenet1_0", **args).params / 2**20, 1) == mebibytes
 
 
 def test_layers_sum_to_the_parameters_of_the_net(net: Net) -> None:

@@ -3,15 +3,16 @@
 The bottleneck's stride is on its 3 × 3 convolution, as in torchvision, not on the first 1 × 1 as in the paper.
 """
 
+import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from torch import nn
 
 from flyweight.blocks import Options, Residual
 from flyweight.initialise import kaiming_normal
-from flyweight.net import Net
+from flyweight.net import Net, Rules
 from flyweight.ops import PadChannels, round_channels
 
 # stem → kernel and stride of the first convolution, whether a 3 × 3 max-pool of stride 2 follows.
@@ -88,6 +89,24 @@ def cifar(depth: int) -> dict[str, object]:
     """Section 4.2: depth 6n + 2, three stages of 16, 32 and 64 channels, identity shortcuts."""
     return {"stem": "cifar", "layers": [(depth - 2) // 6] * 3, "channels": [16, 32, 64], "shortcut": "identity"}
 
+
+BLOCK = r"features\.stage(\d)_block(\d+)\."
+
+
+def layer(path: str) -> Callable[[re.Match[str]], str]:
+    """A path in a block, whose numbers there begin at 0; the block's stage and number, then what else was matched."""
+    return lambda match: f"layer{match[1]}.{int(match[2]) - 1}." + path.format(*match.groups()[2:])
+
+
+BLOCKS: Rules = [
+    (BLOCK + r"body\.conv(\d)\.conv", layer("conv{}")),
+    (BLOCK + r"body\.conv(\d)\.norm", layer("bn{}")),
+    (BLOCK + r"shortcut\.conv", layer("downsample.0")),
+    (BLOCK + r"shortcut\.norm", layer("downsample.1")),
+]
+STEM: Rules = [(r"features\.stem\.conv", "conv1"), (r"features\.stem\.norm", "bn1")]
+TORCHVISION: Rules = [*STEM, *BLOCKS, (r"head\.fc", "fc")]
+NAMES = {"torchvision": TORCHVISION}  # timm's are the same
 
 initialise = kaiming_normal
 REFERENCE = "torchvision"

@@ -3,6 +3,7 @@
 from flyweight.zoo import resnet
 
 build, initialise, WIDTHS = resnet.build, resnet.initialise, (0.125, 0.25, 0.5, 1.0)
+NAMES = resnet.NAMES
 REFERENCE = "torchvision"
 # Table 1: cardinality (groups) and the channels of a group in the first stage.
 VARIANTS = {

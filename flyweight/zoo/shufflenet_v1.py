@@ -79,8 +79,10 @@ def build(o: Options, groups: int = 3) -> Net:
 
 initialise = kaiming_uniform
 REFERENCE = "pytorchcv shufflenet_g1_w1 … shufflenet_g8_w1"
-VARIANTS = {f"shufflenet_v1_g{g}": {"groups": g} for g in STAGES} | {
-    f"shufflenet_v1_g{g}_cifar": {"groups": g, "stem": "cifar"} for g in (2, 3)
-}
+VARIANTS = (
+    {"shufflenet_v1": {}}
+    | {f"shufflenet_v1_g{g}": {"groups": g} for g in STAGES}
+    | {f"shufflenet_v1_g{g}_cifar": {"groups": g, "stem": "cifar"} for g in (2, 3)}
+)
 CANDIDATES = {"large": ("shufflenet_v1_g3",), "small": ("shufflenet_v1_g3_cifar",)}
 WIDTHS = (0.25, 0.5, 0.75, 1.0)

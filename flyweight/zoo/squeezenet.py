@@ -4,12 +4,14 @@ Iandola et al., arXiv:1602.07360; version 1.1 is the authors' later one, of the 
 """
 
 from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
 
 from torch import nn
 
 from flyweight.blocks import ConvClassifier, Fire, Options, Residual
 from flyweight.initialise import kaiming_uniform, small_normal
-from flyweight.net import Net
+from flyweight.net import Net, Rules
 
 # version → channels and kernel of the first convolution, the fire modules before which a 3 × 3 max-pool of stride 2 is.
 VERSIONS = {"1.0": (96, 7, (2, 5, 9)), "1.1": (64, 3, (2, 4, 6))}
@@ -68,6 +70,18 @@ def initialise(net: nn.Module) -> None:
         small_normal(net.get_classifier().get_parameter("weight"))
 
 
+def torchvision(args: Mapping[str, Any]) -> Rules:
+    """All layers in one list: the first convolution and its activation, then pools and fire modules in turn."""
+    pools, position = VERSIONS[args.get("version", "1.0")][2], 2
+    rules: Rules = [(r"features\.stem\.conv", "features.0"), (r"head\.fc", "classifier.1")]
+    for i in range(FIRST, LAST + 1):
+        position += i in pools
+        rules.append((rf"features\.fire{i}\.(\w+)\.conv", rf"features.{position}.\1"))
+        position += 1
+    return rules
+
+
+NAMES = {"torchvision": torchvision}
 DEFAULTS = {"norm": "none", "drop_rate": 0.5}
 REFERENCE = "torchvision"
 VARIANTS = {
