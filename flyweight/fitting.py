@@ -4,7 +4,7 @@ import errno
 import shlex
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from flyweight import __version__, stages
@@ -15,10 +15,11 @@ from flyweight.job import Job, Stopwatch, check_free, load_job, new_folder, save
 from flyweight.records import Listener, Records, read_records
 from flyweight.run import Run
 from flyweight.search.budget import Budget, parse_time
-from flyweight.search.space import Candidate, candidates, input_sizes, ranked
+from flyweight.search.space import Candidate, input_sizes, pretrained_size
 from flyweight.search.strategy import Rung
 from flyweight.search.survey import cost_all
 from flyweight.train.platform import cores
+from flyweight.weights import load_preprocess, load_spec
 
 
 def fit(
@@ -30,19 +31,22 @@ def fit(
     seed: int = 0,
     skip_corrupt: bool = False,
     listener: Listener | None = None,
+    pretrained: str | Path | None = None,
 ) -> Run:
     """Trains, compresses, exports, verifies and measures the best classifier of `data` within `budget`.
 
     `data`: a folder of class folders, "cifar10:PATH", "idx:PATH" or "demo". `budget`: limits such as "latency<=2ms,
     size<=500KB" (latency in ms on `threads` cores, sizes in bytes, accuracies as fractions). `time` bounds the whole
     job: seconds or "10m". The run's folder (docs/run-folder.md) is `out`, by default runs/<data>-<time>; `listener` is
-    told of each record as it is made.
+    told of each record as it is made. `pretrained`, a model.safetensors, adds candidates that start from its weights.
 
     A budget that no candidate meets is no error here: the nearest is shipped and `Run.met` is false. Raises UsageError
     (a bad budget, a missing path), DataError (the data is refused), ParityError (the export answers otherwise than the
     network).
     """
     job = _job(data, budget, time, threads, seed, skip_corrupt)
+    if pretrained is not None:
+        job = _starting_from(job, Path(pretrained))
     if out is not None:
         check_free(Path(out))
     watch = Stopwatch()
@@ -73,15 +77,21 @@ class Outlook:
     seconds: dict[str, float]
 
 
-def outlook(data: str | Path, budget: str | Sequence[str], time: str | float = "10m", threads: int = 1) -> Outlook:
+def outlook(
+    data: str | Path,
+    budget: str | Sequence[str],
+    time: str | float = "10m",
+    threads: int = 1,
+    pretrained: str | Path | None = None,
+) -> Outlook:
     """A dry run: costs every candidate exactly and plans the time, without decoding, measuring or training anything."""
     job = _job(data, budget, time, threads, 0, False)
+    if pretrained is not None:
+        job = _starting_from(job, Path(pretrained))
     source = open_source(job.source)
-    pool = candidates(input_sizes(source.size), source.channels, len(source.classes))
+    pool = stages.pool_of(job, source, _sizes(job, source))
     cost_all(pool, Budget.parse(job.budget))
-    order = ranked(
-        [candidate for candidate in pool if candidate.status != "dropped"], stages.ideal_macs(job.seconds, len(source))
-    )
+    order = stages.in_order(job, len(source), [candidate for candidate in pool if candidate.status != "dropped"])
     held_out = held_out_count(len(source))
     seconds = {
         "measuring": job.seconds * stages.MEASURE_SHARE,
@@ -106,6 +116,14 @@ def _job(
     return Job(absolute(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
 
 
+def _starting_from(job: Job, weights: Path) -> Job:
+    """The job with candidates that start from a file's weights. Raises UsageError where they cannot."""
+    load_preprocess(weights)  # what is wrong with the file is told before anything is opened
+    load_spec(weights)
+    path = str(weights.absolute())
+    return replace(job, pretrained=path, command=f"{job.command} --pretrained {shlex.quote(path)}")
+
+
 def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:
     source = open_source(job.source)
 
@@ -113,8 +131,16 @@ def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:
         if listener:
             listener({"kind": "progress", "stage": "decoding", "share": done / total})
 
-    sizes = input_sizes(source.size)
+    sizes = _sizes(job, source)
     return source, prepare(source, sizes, seed=job.seed, skip_corrupt=job.skip_corrupt, progress=progress)
+
+
+def _sizes(job: Job, source: Source) -> tuple[int, ...]:
+    """The sides at which the pictures are decoded."""
+    sizes = input_sizes(source.size)
+    if job.pretrained:
+        sizes = (*sizes, pretrained_size(load_spec(Path(job.pretrained)), source.size))
+    return sizes
 
 
 def _spent(folder: Path) -> float:

@@ -26,6 +26,7 @@ class Job:
     skip_corrupt: bool
     version: str
     command: str
+    pretrained: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As in run.json."""

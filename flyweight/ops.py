@@ -126,9 +126,9 @@ def _pad_same(leaf: Window, x: Tensor, value: float) -> Tensor:
 class SameConv2d(nn.Conv2d):
     """Convolution with TensorFlow's SAME padding."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = _pad_same(self, input, 0.0)
-        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.conv2d(x, weight, bias, self.stride, 0, self.dilation, self.groups)
 
 
 class SameMaxPool2d(nn.MaxPool2d):

@@ -22,6 +22,18 @@ class Preprocess:
         """A picture (path, Pillow image or array) as uint8 [H, W, C]. Raises DataError naming a file that is none."""
         return to_pixels(source, self.size, self.channels)
 
+    def at(self, size: int, channels: int) -> "Preprocess":
+        """Much the same normalisation for square pictures of another size; for other channels, by their mean.
+
+        A mean that all channels share is rounded, for what `of` says.
+        """
+        mean, std = self.mean, self.std
+        if channels != self.channels:
+            mean, std = ((sum(values) / len(values),) * channels for values in (mean, std))
+        if len(set(mean)) == 1:
+            mean = (float(round(mean[0])),) * channels
+        return Preprocess((size, size), channels, mean, std)
+
     def to_json(self) -> dict[str, Any]:
         """The value as it stands in config.json and in the ONNX metadata."""
         return asdict(self) | {"resize": "bilinear"}

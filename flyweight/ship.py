@@ -32,7 +32,7 @@ for path in sys.argv[1:]:
 
 def write_network(folder: Path, net: Net, name: str, preprocess: Preprocess, classes: tuple[str, ...]) -> None:
     """Writes model.safetensors and config.json, in the keys that timm reads."""
-    write_atomically(folder / "model.safetensors", net_bytes(net))
+    write_atomically(folder / "model.safetensors", net_bytes(net, preprocess))
     size = [preprocess.channels, *preprocess.size]
     config = {
         "architecture": name,
@@ -47,7 +47,7 @@ def write_network(folder: Path, net: Net, name: str, preprocess: Preprocess, cla
             "crop_mode": "squash",
         },
         "preprocess": preprocess.to_json(),
-        "spec": net.spec.to_json() if net.spec else None,
+        "spec": net.spec.to_json(),
         "flyweight": __version__,
     }
     write_json(folder / "config.json", config)

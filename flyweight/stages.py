@@ -1,6 +1,6 @@
 """The stages of the main job. Each reads what earlier ones recorded, so an interrupted job goes on where it was."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,15 @@ from flyweight.preprocess import Preprocess
 from flyweight.records import Records
 from flyweight.report import write_report
 from flyweight.search.budget import Budget
-from flyweight.search.space import Candidate, candidates, ranked
+from flyweight.search.space import Candidate, candidates, input_sizes, pretrained_candidates, ranked
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure
 from flyweight.ship import write_card, write_json, write_model, write_network
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
-from flyweight.train.recipe import recipe_for
+from flyweight.train.recipe import FINE_TUNING, recipe_for
 from flyweight.units import percent
+from flyweight.weights import adopt, load_preprocess, load_spec
 from flyweight.zoo import build
 
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
@@ -139,7 +140,7 @@ def data_summary(work: Work) -> dict[str, Any]:
 def survey_candidates(work: Work) -> list[Candidate]:
     """All candidates with exact costs, those that can meet the budget measured, the others dropped with the reason."""
     splits = work.splits
-    pool = candidates(splits.train.sizes, splits.train.channels, len(splits.train.classes))
+    pool = pool_of(work.job, work.source, splits.train.sizes)
     cost_all(pool, work.budget)
     known = {record["name"] for record in work.records.all("candidate")}
     dropped = [candidate for candidate in pool if candidate.status == "dropped"]
@@ -147,10 +148,7 @@ def survey_candidates(work: Work) -> list[Candidate]:
         if candidate.name not in known:
             work.records.write("candidate", **candidate.to_json())
     work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
-    order = ranked(
-        [candidate for candidate in pool if candidate.status != "dropped"],
-        ideal_macs(work.job.seconds, len(splits.train)),
-    )
+    order = in_order(work.job, len(splits.train), [candidate for candidate in pool if candidate.status != "dropped"])
     begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
     for candidate in order:
         if work.watch.elapsed - begun > share:
@@ -160,6 +158,23 @@ def survey_candidates(work: Work) -> list[Candidate]:
             work.records.progress("measuring candidates", (work.watch.elapsed - begun) / share)
     work.watch.ends("search")
     return pool
+
+
+def pool_of(job: Job, source: Source, sizes: Sequence[int]) -> list[Candidate]:
+    """Every candidate for pictures decoded at these sizes, those that start from weights first; not yet costed."""
+    channels, classes = source.channels, len(source.classes)
+    pool = candidates(input_sizes(source.size), channels, classes)
+    if job.pretrained is None:
+        return pool
+    weights = Path(job.pretrained)
+    return pretrained_candidates(weights, load_spec(weights), sizes, channels, classes) + pool
+
+
+def in_order(job: Job, images: int, pool: Sequence[Candidate]) -> list[Candidate]:
+    """Those that start from weights first, for what they know; the others as `ranked` has them."""
+    anew = [candidate for candidate in pool if candidate.weights is None]
+    ahead = [candidate for candidate in pool if candidate.weights is not None]
+    return ahead + ranked(anew, ideal_macs(job.seconds, images))
 
 
 def _measure(work: Work, candidate: Candidate) -> None:
@@ -196,7 +211,7 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
     if chosen is not None:
         return next(candidate for candidate in pool if candidate.name == chosen["name"])
     entrants = [candidate for candidate in pool if candidate.status != "dropped" and candidate.latency_ms is not None]
-    entrants = ranked(entrants, ideal_macs(work.job.seconds, len(work.splits.train)))
+    entrants = in_order(work.job, len(work.splits.train), entrants)
     if not entrants:
         winner = _nearest(work, pool)
     else:
@@ -279,9 +294,14 @@ def _tried(work: Work, candidate: Candidate, seconds: float) -> dict[str, float 
 
 
 def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:
-    """A freshly initialised network, always the same for one seed, and its preprocessing."""
+    """A network with its first weights, always the same for one seed, and its preprocessing."""
     torch.manual_seed(work.job.seed)
     train_split, size = work.splits.train, candidate.spec.input[1]
+    if candidate.weights is not None:
+        net = build(candidate.spec)
+        for change in adopt(net, candidate.weights):
+            work.records.say(f"{candidate.name}: {change}")
+        return net, load_preprocess(candidate.weights).at(size, train_split.channels)
     sample = train_split.batch(size, calibration_sample(len(train_split), work.job.seed, STATISTICS))
     return build(candidate.spec), Preprocess.of(sample)
 
@@ -298,7 +318,7 @@ def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess
         data=work.splits.train,
         validation=work.splits.validation,
         preprocess=preprocess,
-        recipe=recipe_for(candidate.spec.input[1]),
+        recipe=recipe_for(candidate.spec.input[1]) if candidate.weights is None else FINE_TUNING,
         clock=clock,
         seed=work.job.seed,
         emit=emit,

@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -242,6 +243,17 @@ def show_tables(rows: Sequence["Row"], as_json: bool) -> None:
     print(f"\n{agree} of {len(rows)} figures agree as printed, {explained} differ for the reason given")
 
 
+def show_features(folder: Path, size: int, judged: Mapping[str, float], as_json: bool) -> None:
+    """Where the features are, and how far they carry."""
+    if as_json:
+        print(json.dumps({"folder": str(folder), "features": size, **judged}, indent=2))
+        return
+    n = int(judged["n"])
+    print(f"{folder / 'features.npy'}: {size} values for each picture; {folder / 'features.csv'}: the pictures")
+    print(f"  linear probe       {percent(judged['linear_probe_top1'])} of {n} test pictures that repeat no other")
+    print(f"  nearest neighbour  {percent(judged['nearest_neighbour_top1'])}")
+
+
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of equal keys as aligned columns: ruled on a terminal, plain and whole elsewhere."""
     console = Console(highlight=False)
@@ -251,8 +263,6 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
     for key, value in rows[0].items():
         table.add_column(key, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
     for row in rows:
-        table.add_row(
-            *(f"{value:,}" if isinstance(value, int | float) else escape(str(value)) for value in row.values())
-        )
+        table.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else escape(str(cell)) for cell in row.values()))
     console.print(table)
     sys.stdout.flush()

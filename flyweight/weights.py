@@ -1,6 +1,7 @@
 """A network as a file: `model.safetensors`, with the Spec that rebuilds it in the metadata."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -9,13 +10,17 @@ from torch import Tensor
 
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.net import Net, Spec
+from flyweight.preprocess import Preprocess
 from flyweight.zoo import build
 
 
-def net_bytes(net: Net) -> bytes:
-    """The network's tensors and Spec as the bytes of a safetensors file."""
+def net_bytes(net: Net, preprocess: Preprocess | None = None) -> bytes:
+    """The network's tensors, its Spec, and how its pictures are made ready, as the bytes of a safetensors file."""
     tensors = {name: t.detach().contiguous() for name, t in net.state_dict().items()}
-    return save(tensors, {"format": "pt", "spec": json.dumps(net.spec.to_json())})
+    metadata = {"format": "pt", "spec": json.dumps(net.spec.to_json())}
+    if preprocess is not None:
+        metadata["preprocess"] = json.dumps(preprocess.to_json())
+    return save(tensors, metadata)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -33,9 +38,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def load_net(path: Path) -> Net:
     """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where there is none."""
     tensors, metadata = read_tensors(path)
-    if "spec" not in metadata:
-        raise UsageError(f"{path} has no Spec in its metadata, so it was not written by flyweight")
-    net = build(Spec.from_json(json.loads(metadata["spec"])))
+    net = build(_spec(metadata, path))
     net.load_state_dict(tensors, strict=True)
     return net.eval()
 
@@ -44,14 +47,57 @@ def _told(tensor: Tensor | None) -> str:
     return "missing" if tensor is None else " x ".join(map(str, tensor.shape)) or "a number"
 
 
+def load_preprocess(path: Path) -> Preprocess:
+    """How pictures are made ready for the network in a file. Raises UsageError where it does not say."""
+    _, metadata = read_tensors(path)
+    if "preprocess" not in metadata:
+        raise UsageError(f"{path} does not say how pictures are made ready for it: flyweight weights import does")
+    return Preprocess.from_json(json.loads(metadata["preprocess"]))
+
+
 def load_into(net: Net, path: Path) -> None:
     """Fills a network with the tensors of a file. Raises UsageError, naming a tensor, where they do not fit exactly."""
-    tensors, _ = read_tensors(path)
+    _fill(net, read_tensors(path)[0], path)
+
+
+def adopt(net: Net, path: Path) -> list[str]:
+    """Fills a network for other classes or channels with a file's tensors, and says what could not be kept.
+
+    Classifiers, those of auxiliary heads too, start anew where the classes differ; the first convolution is summed over
+    its channels for grey pictures, or spread over three. Raises UsageError where anything else differs.
+    """
+    tensors, own, changed = read_tensors(path)[0], net.state_dict(), list[str]()
+    first, last = (net.pretrained_cfg[key] for key in ("first_conv", "classifier"))
+    classifiers = [last, *(f"aux.{stage}.fc" for stage in net.aux)]
+    for name in [f"{classifier}.{tensor}" for classifier in classifiers for tensor in ("weight", "bias")]:
+        if name in own and name in tensors and tensors[name].shape != own[name].shape:
+            if name == f"{last}.weight":
+                changed.append(f"its classifier of {len(tensors[name])} classes gives way to a new one")
+            tensors[name] = own[name]
+    weight = f"{first}.weight"
+    if weight in tensors and tensors[weight].shape[1] != net.in_chans and 1 in (net.in_chans, tensors[weight].shape[1]):
+        changed.append(f"its first convolution, for {tensors[weight].shape[1]} channels, is fitted to {net.in_chans}")
+        tensors[weight] = tensors[weight].sum(1, keepdim=True).expand_as(own[weight]) / net.in_chans
+    _fill(net, tensors, path)
+    return changed
+
+
+def _fill(net: Net, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = net.state_dict()
     for name in sorted(own.keys() | tensors.keys()):
         ours, theirs = own.get(name), tensors.get(name)
         if ours is None or theirs is None or ours.shape != theirs.shape:
-            raise UsageError(
-                f"{path} does not fit this network: {name} is {_told(theirs)} there and {_told(ours)} here"
-            )
+            here, there = _told(ours), _told(theirs)
+            raise UsageError(f"{path} does not fit this network: {name} is {there} there and {here} here")
     net.load_state_dict(tensors, strict=True)
+
+
+def load_spec(path: Path) -> Spec:
+    """The Spec of the network in a file. Raises UsageError where there is none."""
+    return _spec(read_tensors(path)[1], path)
+
+
+def _spec(metadata: Mapping[str, str], path: Path) -> Spec:
+    if "spec" not in metadata:
+        raise UsageError(f"{path} has no Spec in its metadata, so it was not written by flyweight")
+    return Spec.from_json(json.loads(metadata["spec"]))

@@ -15,15 +15,18 @@ from types import SimpleNamespace
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 
 import flyweight
 from flyweight import stages
+from flyweight.create import create_model
 from flyweight.data import open_source
-from flyweight.errors import DataError, ParityError, UsageError
+from flyweight.errors import DataError, FlyweightError, ParityError, UsageError
+from flyweight.preprocess import Preprocess
 from flyweight.records import Records, read_records
 from flyweight.search.space import Candidate
-from flyweight.weights import load_net
+from flyweight.weights import load_net, net_bytes
 from flyweight.zoo import spec_of
 
 FORMATS = ("png", "jpg", "webp", "bmp", "gif")
@@ -322,3 +325,30 @@ def test_a_disturbed_trial_is_repeated(
     assert accuracy == (epochs[-1] and epochs[-1] / 10)
     assert next(found, None) is None
     assert any("repeated" in record["message"] for record in work.records.all("log")) is repeated
+
+
+def test_a_job_starts_from_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "earlier.safetensors"
+    torch.manual_seed(0)
+    net = create_model("airbench94", num_classes=4, in_chans=3, width=0.25, size=28)  # for other classes and channels
+    weights.write_bytes(net_bytes(net, Preprocess((28, 28), 3, (72.5,) * 3, (90.0,) * 3)))
+    run = flyweight.fit("demo", BUDGET, time="40s", out=tmp_path / "run", pretrained=weights)
+    records = [json.loads(line) for line in (run.folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
+    told = [record["message"] for record in records if record["kind"] == "log"]
+    assert any("its classifier of 4 classes gives way" in message for message in told)
+    assert any("for 3 channels, is fitted to 1" in message for message in told)
+    tried = {record["name"] for record in records if record["kind"] == "trial"}
+    assert "airbench x0.25 @28 pretrained" in tried
+    assert json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["pretrained"] == str(weights)
+
+
+@pytest.mark.parametrize("fault", ["missing", "bare", "damaged"])
+def test_weights_that_cannot_be_started_from_are_told_before_anything_is_done(tmp_path: Path, fault: str) -> None:
+    weights = tmp_path / "weights.safetensors"
+    if fault == "bare":
+        weights.write_bytes(net_bytes(create_model("resnet8_cifar", num_classes=10)))
+    if fault == "damaged":
+        weights.write_bytes(b"no tensors")
+    with pytest.raises(FlyweightError, match=r"weights\.safetensors"):
+        flyweight.fit("demo", BUDGET, time="8s", out=tmp_path / "run", pretrained=weights)
+    assert not (tmp_path / "run").exists()

@@ -30,7 +30,7 @@ from flyweight.ops import SameAvgPool2d, SameConv2d, SameMaxPool2d
 from flyweight.preprocess import Preprocess
 from flyweight.train.loop import Clock, Training, train
 from flyweight.train.recipe import Recipe
-from flyweight.weights import load_net, net_bytes
+from flyweight.weights import adopt, load_net, net_bytes
 from flyweight.zoo import list_models, smallest_input, spec_of
 from scripts.golden import GOLDEN, counts
 
@@ -499,3 +499,23 @@ def test_others_start_as_torch_leaves_it(name: str) -> None:
     for leaf, std in stds(create_model(name, width=0.5)):
         fan_in = leaf.weight[0].numel()
         assert std == pytest.approx((3 * fan_in) ** -0.5, rel=0.06)
+
+
+def test_weights_for_other_classes_and_channels_are_kept_where_they_fit(tmp_path) -> None:
+    path, net = tmp_path / "model.safetensors", small("mobilenet_v1")
+    path.write_bytes(net_bytes(net))
+    again = create_model("mobilenet_v1", width=0.125, num_classes=7, in_chans=1)
+    before = again.get_classifier().get_parameter("weight").detach().clone()
+    told = adopt(again, path)
+    assert told == [
+        "its classifier of 5 classes gives way to a new one",
+        "its first convolution, for 3 channels, is fitted to 1",
+    ]
+    assert torch.equal(again.get_classifier().get_parameter("weight"), before)
+    kept = [name for name, t in again.state_dict().items() if torch.equal(t, net.state_dict().get(name, t - 1))]
+    assert len(kept) == len(net.state_dict()) - 3
+    grey = torch.randn(2, 1, 64, 64)
+    ours, theirs = again.eval().forward_features(grey), net.forward_features(grey.expand(2, 3, 64, 64))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-3)
+    with pytest.raises(UsageError, match=r"features.block1.* here"):
+        adopt(create_model("mobilenet_v1", width=0.25), path)

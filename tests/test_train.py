@@ -18,7 +18,19 @@ from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import load_checkpoint, save_checkpoint
 from flyweight.train.ema import Ema
-from flyweight.train.loop import Clock, Diverged, Training, augmented, logits, normalise, score, train
+from flyweight.train.loop import (
+    Clock,
+    Diverged,
+    Training,
+    _optimiser,
+    _State,
+    _step,
+    augmented,
+    logits,
+    normalise,
+    score,
+    train,
+)
 from flyweight.train.platform import interrupts_between_steps, precision
 from flyweight.train.recipe import Recipe, rate, recipe_for
 
@@ -131,10 +143,11 @@ def test_averages_follow_and_are_lent() -> None:
     torch.testing.assert_close(net.weight.detach(), start + 1)
 
 
+@pytest.mark.parametrize("padding", ["symmetric", "same"])
 @pytest.mark.parametrize("name", ["mobilenet_v1_cifar", "resnet8_cifar", "shufflenet_v1_g3_cifar"])
-def test_bfloat16_is_close_and_leaves_no_trace(name: str) -> None:
+def test_bfloat16_is_close_and_leaves_no_trace(name: str, padding: str) -> None:
     torch.manual_seed(0)
-    net = create_model(name, num_classes=10, width=0.5).eval()
+    net = create_model(name, num_classes=10, width=0.5, padding=padding).eval()
     x = torch.randn(4, 3, 32, 32)
     exact = net(x)
     with precision(net, "bfloat16"):
@@ -265,3 +278,27 @@ def test_preprocess_statistics_are_those_of_the_pictures(splits) -> None:
     assert found.mean[0] == round(float(data.batch(28).mean()))
     assert found.std[0] == pytest.approx(float(data.batch(28).astype(np.float64).std()), rel=0.02)
     assert Preprocess.from_json(found.to_json()) == found
+
+
+def test_fine_tuning_learns_the_head_first_and_then_less_the_deeper(splits) -> None:
+    task = job(splits, epochs=1.0, images=512, features=0.1, depth=0.5, head_first=0.5)
+    stages = list(task.net.features.children())  # type: ignore[union-attr]
+    shares = {
+        id(p): group["share"] for group in _optimiser(task.net, task.recipe).param_groups for p in group["params"]
+    }
+    assert len(shares) == len(list(task.net.parameters()))
+    assert {shares[id(p)] for p in task.net.head.parameters()} == {1.0}  # type: ignore[union-attr]
+    last, before = (list(stage.parameters()) for stage in (stages[-1], stages[-2]))
+    assert {shares[id(p)] for p in last} == {0.1}
+    assert {shares[id(p)] for p in before} == {0.05}
+
+    first = [p.detach().clone() for p in task.net.features.parameters()]  # type: ignore[union-attr]
+    head = [p.detach().clone() for p in task.net.head.parameters()]  # type: ignore[union-attr]
+    state = _State(task)
+    task.net.train()
+    _step(task, state, np.arange(64), progress=0.4)
+    assert all(torch.equal(a, b) for a, b in zip(first, task.net.features.parameters(), strict=True))  # type: ignore[union-attr]
+    assert not any(torch.equal(a, b) for a, b in zip(head, task.net.head.parameters(), strict=True))  # type: ignore[union-attr]
+    _step(task, state, np.arange(64), progress=0.6)
+    moved = [not torch.equal(a, b) for a, b in zip(first, task.net.features.parameters(), strict=True)]  # type: ignore[union-attr]
+    assert all(moved)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from flyweight import zoo
@@ -17,6 +18,8 @@ SMALL = 48
 SMALLEST = 16
 # Training from scratch in minutes needs normalised layers and, at that length, no dropout.
 FROM_SCRATCH = {"norm": "batch", "drop_rate": 0.0}
+# Below this share of the size that weights were trained at, what they know of shapes and textures is lost.
+LEAST_OF_OWN = 0.55
 PHOTO_SIZES = (64, 96, 128, 160, 192, 224)
 
 
@@ -33,6 +36,8 @@ class Candidate:
     why: str = ""
     val_top1: float | None = None
     epochs: float | None = None
+    weights: Path | None = None
+    """The file whose weights it starts from, if any."""
 
     @property
     def macs(self) -> int:
@@ -98,6 +103,24 @@ def candidates(sizes: Sequence[int], channels: int, classes: int) -> list[Candid
                 for width in family.WIDTHS:
                     args = {"num_classes": classes, "in_chans": channels, "width": width, **stem, **FROM_SCRATCH}
                     found.append(Candidate(f"{name} x{width:g} @{size}", spec_of(name, size=size, **args)))
+    return found
+
+
+def pretrained_size(spec: Spec, native: tuple[int, int]) -> int:
+    """The side at which pretrained weights start: their own, but no larger than the pictures of `native` size."""
+    return max(SMALLEST, min(max(spec.input[1:]), max(native)))
+
+
+def pretrained_candidates(
+    weights: Path, spec: Spec, sizes: Sequence[int], channels: int, classes: int
+) -> list[Candidate]:
+    """The network of a file at each size between about half and all of its own, without dropout, for these classes."""
+    own = max(spec.input[1:])
+    found = []
+    for size in sorted({size for size in sizes if LEAST_OF_OWN * own <= size <= own} or {max(sizes)}, reverse=True):
+        args = {**spec.args, "num_classes": classes, "in_chans": channels, "drop_rate": 0.0}
+        name = f"{spec.family} x{spec.args.get('width', 1.0):g} @{size} pretrained"
+        found.append(Candidate(name, Spec(spec.family, args, (channels, size, size)), weights=weights))
     return found
 
 

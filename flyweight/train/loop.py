@@ -132,10 +132,23 @@ def score(outputs: Tensor, labels: np.ndarray) -> tuple[float, float]:
     return accuracy, F.cross_entropy(outputs, truth).item()
 
 
+def _by_depth(net: nn.Module, recipe: Recipe) -> list[tuple[float, list[nn.Parameter]]]:
+    """Parameters with the share of the learning rate that they get: all alike, or less the farther from the answer."""
+    if not isinstance(net, Net) or recipe.features == recipe.depth == 1:
+        return [(1.0, list(net.parameters()))]
+    stages = list(net.features.children())
+    shares = [recipe.features * recipe.depth ** (len(stages) - 1 - i) for i in range(len(stages))]
+    heads = [*net.head.parameters(), *net.aux.parameters()]
+    return [(1.0, heads), *((share, list(each.parameters())) for share, each in zip(shares, stages, strict=True))]
+
+
 def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    decayed = [p for p in net.parameters() if p.ndim > 1]
-    free = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = []
+    for share, parameters in _by_depth(net, recipe):
+        decayed, free = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
+        groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "share": share})
+        groups.append({"params": free, "weight_decay": 0.0, "share": share})
+    groups = [group for group in groups if group["params"]]
     return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=True, fused=True)
 
 
@@ -227,7 +240,7 @@ def train(job: Training) -> Trained:
                 if progress >= 1:
                     break
                 job.progress(progress)
-                losses.append(_step(job, state, indices, rate(job.recipe, progress)))
+                losses.append(_step(job, state, indices, progress))
                 check()
                 if state.step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
                     raise Diverged(
@@ -246,11 +259,12 @@ def train(job: Training) -> Trained:
     return _finish(job, state, losses)
 
 
-def _step(job: Training, state: _State, indices: np.ndarray, learning_rate: float) -> Tensor:
+def _step(job: Training, state: _State, indices: np.ndarray, progress: float) -> Tensor:
     """One step of gradient descent; returns the loss."""
     state.whole = False
     for group in state.optimiser.param_groups:
-        group["lr"] = learning_rate
+        waits = group["share"] < 1 and progress < job.recipe.head_first
+        group["lr"] = 0.0 if waits else rate(job.recipe, progress) * group["share"]
     x = augmented(job.pixels(indices), job.preprocess, job.recipe, state.rng)
     loss = _loss(job, x, torch.from_numpy(job.data.labels[indices]))
     loss.backward()

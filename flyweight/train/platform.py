@@ -40,12 +40,11 @@ def cores() -> int:
 
 def _dense(conv: nn.Conv2d, x: Tensor) -> Tensor:
     bias = None if conv.bias is None else conv.bias.bfloat16()
-    weight = conv.weight.bfloat16()
-    return F.conv2d(x.bfloat16(), weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(x.bfloat16(), conv.weight.bfloat16(), bias)  # which knows its padding
 
 
 def _float_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    return F.conv2d(x.float(), conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(x.float(), conv.weight, conv.bias)
 
 
 def _float_linear(linear: nn.Linear, x: Tensor) -> Tensor:

@@ -36,6 +36,13 @@ class Recipe:
     cutout: float = 0.0
     """Side of a grey square put at a random place, as a share of the picture's side (arXiv:1708.04552)."""
 
+    features: float = 1.0
+    """Learning rate of the last stage of features, as a share of the classifier's."""
+    depth: float = 1.0
+    """Learning rate of a stage, as a share of that of the stage behind it."""
+    head_first: float = 0.0
+    """Share of the training in which only the classifier learns (arXiv:2202.10054)."""
+
     def to_json(self) -> dict[str, Any]:
         """As it is recorded."""
         return asdict(self)
@@ -46,6 +53,10 @@ def recipe_for(size: int) -> Recipe:
     if size <= SMALL:
         return Recipe()
     return Recipe(batch_size=32, learning_rate=0.05)
+
+
+# For networks that start from weights of other pictures.
+FINE_TUNING = Recipe(batch_size=32, learning_rate=0.05, zoom=0.5, features=0.2, depth=0.9, head_first=0.15)
 
 
 def rate(recipe: Recipe, progress: float) -> float:
