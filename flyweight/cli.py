@@ -21,6 +21,7 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+IMAGENET_MEAN, IMAGENET_STD = "0.485,0.456,0.406", "0.229,0.224,0.225"  # what most published weights were trained with
 
 
 def main() -> None:
@@ -83,6 +84,9 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="The run's folder; by default runs/<data>-<time>.")] = None,
     threads: Annotated[int, typer.Option(help="Cores that the latency is measured on.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    pretrained: Annotated[
+        Path | None, typer.Option(help="Also try networks that start from the weights in this model.safetensors.")
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show candidates and plan; train nothing.")] = False,
     skip_corrupt: Annotated[
@@ -98,14 +102,14 @@ def fit(
     from flyweight.search.budget import GRAMMAR
     from flyweight.terminal import Progress, show_outlook, show_result
 
-    if resume is not None and (data is not None or budget):
-        raise UsageError("--resume takes neither data nor a budget: the run knows them")
+    if resume is not None and (data is not None or budget or pretrained is not None):
+        raise UsageError("--resume takes neither data nor a budget nor weights: the run knows them")
     if resume is None and data is None:
         raise UsageError("which pictures? flyweight fit DATA --budget BUDGET (or --resume DIR)")
     if resume is None and not budget:
         raise UsageError(f'what may it cost? --budget "latency<=2ms, size<=500KB"; {GRAMMAR}')
     if dry_run and data is not None:
-        show_outlook(fitting.outlook(data, budget or (), time, threads), as_json)
+        show_outlook(fitting.outlook(data, budget or (), time, threads, pretrained), as_json)
         return
     with Progress(quiet=as_json) as progress:
         try:
@@ -113,7 +117,9 @@ def fit(
                 run = fitting.resume(resume, progress.listen)
             else:
                 assert data is not None
-                run = fitting.fit(data, budget or (), time, out, threads, seed, skip_corrupt, progress.listen)
+                run = fitting.fit(
+                    data, budget or (), time, out, threads, seed, skip_corrupt, progress.listen, pretrained
+                )
         except Interrupted as stop:
             _fail(str(stop), stop.exit_code)
     show_result(run, as_json)
@@ -247,8 +253,111 @@ def tables(
 
 
 @app.command()
+def embed(
+    model: Annotated[Path, typer.Argument(help="A run's folder or a model.safetensors.")],
+    data: Annotated[str, typer.Argument(help="Pictures, as for fit.")],
+    out: Annotated[Path, typer.Option(help="The folder for features.npy and features.csv.")] = Path("features"),
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a network's frozen features of pictures, and what a linear probe and the nearest neighbour make of them."""
+    import numpy as np
+
+    from flyweight import features
+    from flyweight.data import open_source, prepare
+    from flyweight.terminal import show_features
+    from flyweight.weights import load_net, load_preprocess
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} is not an empty folder: choose another --out")
+    file = model / "model.safetensors" if model.is_dir() else model
+    net, preprocess = load_net(file), load_preprocess(file)
+    source = open_source(data)
+    if source.channels != preprocess.channels:
+        raise UsageError(f"{data} has {source.channels} channels and {file} takes {preprocess.channels}")
+    splits = prepare(source, [preprocess.size[0]], skip_corrupt=skip_corrupt)
+    train, validation, test = features.embed(net, splits, preprocess)
+    features.write(out, [train, validation, test], source.classes)
+    clean = test.chosen(np.flatnonzero(~splits.leaked))
+    show_features(out, train.values.shape[1], features.judge(train, validation, clean), as_json)
+
+
+@app.command()
 def report(run: Annotated[Path, typer.Argument(help="A finished run's folder.")]) -> None:
     """Write a run's report.html again from its records."""
     from flyweight.report import write_report
 
     print(write_report(run))
+
+
+weights = typer.Typer(no_args_is_help=True, help="Take weights from other libraries, and give them back.")
+app.add_typer(weights, name="weights")
+
+
+@weights.command("import")
+def import_weights(
+    file: Annotated[Path, typer.Argument(help="Another library's weights: .safetensors, or .pth of tensors alone.")],
+    name: Annotated[str, typer.Option("--as", help="Our network; flyweight models lists them.")],
+    arg: Annotated[
+        list[str] | None,
+        typer.Option(help="An argument of the network, such as padding=same or num_classes=10; may be repeated."),
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the input in pixels; by default the usual.")] = None,
+    mean: Annotated[str, typer.Option(help="Of each channel, or one for all, of values from 0 to 1.")] = IMAGENET_MEAN,
+    std: Annotated[str, typer.Option(help="The deviation, likewise.")] = IMAGENET_STD,
+    out: Annotated[Path, typer.Option(help="The file to write.")] = Path("model.safetensors"),
+) -> None:
+    """Read another library's weights by name, strictly, and write them with all that rebuilds the network."""
+    from flyweight import foreign
+    from flyweight.preprocess import Preprocess
+    from flyweight.weights import net_bytes
+    from flyweight.zoo import build, spec_of
+
+    spec = spec_of(name, size=resolution, **_family_arguments(arg or ()))
+    channels, height, width = spec.input
+    preprocess = Preprocess((height, width), channels, _levels(mean, channels), _levels(std, channels))
+    net = build(spec)
+    library = foreign.take(net, foreign.read_weights(file))
+    _write_new(out, net_bytes(net, preprocess))
+    print(f"{out}: {name} with the weights of {file}, by {library}'s names; mean {mean}, deviation {std}")
+
+
+@weights.command("export")
+def export_weights(
+    file: Annotated[Path, typer.Argument(help="A model.safetensors.")],
+    to: Annotated[str, typer.Option(help="The library: torchvision, timm, cadene or pytorchcv.")],
+    out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
+) -> None:
+    """Write a network's weights under another library's names, for its own networks to load."""
+    from safetensors.torch import save
+
+    from flyweight import foreign
+    from flyweight.weights import load_net
+
+    tensors = foreign.give(load_net(file), to)
+    _write_new(out, save(tensors, {"format": "pt"}))
+    print(f"{out}: {len(tensors)} tensors under {to}'s names")
+
+
+def _levels(text: str, channels: int) -> tuple[float, ...]:
+    """Numbers with commas between them, for values from 0 to 1, in units of 0 … 255; one stands for all channels."""
+    try:
+        values = [round(255 * float(each), 6) for each in text.split(",")]
+    except ValueError:
+        values = []
+    if len(values) not in (1, channels):
+        raise UsageError(f"--mean and --std take one number, or {channels} with commas between them, not {text!r}")
+    return tuple(values * channels)[:channels]
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    from flyweight.train.checkpoint import write_atomically
+
+    if path.exists():
+        raise UsageError(f"{path} exists already: choose another --out")
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise FlyweightError(f"{path} cannot be written: {error.strerror}") from error

@@ -1,9 +1,11 @@
 """Weights under the names that other libraries give them: into our networks and out again, by name, strictly both ways.
 
 A family's `NAMES` says for each library what our modules are called there, as `Rules`, or as a function from the
-family's arguments to them. The order of tensors never decides.
+family's arguments to them; its `SWAPPED`, which of our weights belongs there to a linear layer instead of a 1 × 1
+convolution, or the other way round. The order of tensors never decides.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,12 +24,17 @@ WRAPPERS = ("state_dict", "model", "model_state_dict")  # keys under which train
 
 
 def libraries(net: Net) -> list[str]:
-    """The libraries whose names for this network are known."""
-    return list(_known(net))
+    """The libraries that have a name for every tensor of this network."""
+    found = []
+    for library in _known(net):
+        with contextlib.suppress(UsageError):
+            names(net, library)
+            found.append(library)
+    return found
 
 
 def names(net: Net, library: str) -> dict[str, str]:
-    """Our name → theirs for every tensor of the network. Raises UsageError where the library's names are not known."""
+    """Our name → theirs for every tensor of the network. Raises UsageError where the library has none."""
     known = _known(net)
     if library not in known:
         raise UsageError(f"{library}'s names for {net.spec.family} are not known; known: {', '.join(known) or 'none'}")
@@ -52,7 +59,7 @@ def _translate(path: str, rules: Rules, library: str) -> str:
         match = re.fullmatch(pattern, path)
         if match:
             return match.expand(theirs) if isinstance(theirs, str) else theirs(match)
-    raise ValueError(f"no rule says what {library} calls {path}")
+    raise UsageError(f"{library} has no network of this form: it has no name for {path}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -82,19 +89,20 @@ def take(net: Net, tensors: Mapping[str, Tensor]) -> str:
 
     Raises UsageError, naming the tensors that are missing, left over or of another shape, where no library fits.
     """
-    misfits = {}
+    own = net.state_dict()
+    misfits: dict[str, list[str]] = {}
     for library in libraries(net):
-        misfits[library] = _misfit(net, names(net, library), tensors)
+        known = names(net, library)
+        misfits[library] = _misfit(own, known, tensors)
         if not misfits[library]:
-            own = net.state_dict()
-            filled = {ours: own[ours] for ours in own if ours.endswith(COUNTER)}
-            for ours, theirs in names(net, library).items():
-                if theirs in tensors:
-                    filled[ours] = tensors[theirs].reshape(own[ours].shape)
-            net.load_state_dict(filled, strict=True)
+            counters = {ours: own[ours] for ours in own if ours.endswith(COUNTER)}
+            found = {
+                ours: tensors[theirs].reshape(own[ours].shape) for ours, theirs in known.items() if theirs in tensors
+            }
+            net.load_state_dict(counters | found, strict=True)
             return library
     if not misfits:
-        raise UsageError(f"no other library's names for {net.spec.family} are known")
+        raise UsageError(f"no other library is known to have {net.spec.family} in this form")
     nearest = min(misfits, key=lambda library: len(misfits[library]))
     told = misfits[nearest]
     more = f", and {len(told) - 3} more" if len(told) > 3 else ""
@@ -103,13 +111,18 @@ def take(net: Net, tensors: Mapping[str, Tensor]) -> str:
 
 def give(net: Net, library: str) -> dict[str, Tensor]:
     """The network's tensors under another library's names. Raises UsageError where they are not known."""
-    own = net.state_dict()
-    return {theirs: own[ours].detach().clone() for ours, theirs in names(net, library).items()}
+    swapped = getattr(zoo.families()[net.spec.family], "SWAPPED", {}).get(library)
+    own, given = net.state_dict(), dict[str, Tensor]()
+    for ours, theirs in names(net, library).items():
+        tensor = own[ours].detach().clone()
+        if ours == swapped:  # a 1 × 1 convolution becomes a linear layer, a linear layer a 1 × 1 convolution
+            tensor = tensor.flatten(1) if tensor.dim() == 4 else tensor[:, :, None, None]
+        given[theirs] = tensor
+    return given
 
 
-def _misfit(net: Net, known: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
+def _misfit(own: Mapping[str, Tensor], known: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
     """What keeps the tensors from fitting, one sentence a tensor."""
-    own = net.state_dict()
     wrong = []
     for ours, theirs in known.items():
         if theirs not in tensors:
@@ -118,7 +131,8 @@ def _misfit(net: Net, known: Mapping[str, str], tensors: Mapping[str, Tensor]) -
         elif _core(tensors[theirs]) != _core(own[ours]):
             there, here = (" x ".join(map(str, t.shape)) for t in (tensors[theirs], own[ours]))
             wrong.append(f"{theirs} is {there} instead of {here}")
-    return wrong + [f"{name} has no place" for name in tensors.keys() - set(known.values()) if COUNTER not in name]
+    left_over = sorted(tensors.keys() - set(known.values()))
+    return wrong + [f"{name} has no place" for name in left_over if not name.endswith(COUNTER)]
 
 
 def _core(tensor: Tensor) -> tuple[int, ...]:

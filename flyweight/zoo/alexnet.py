@@ -11,7 +11,7 @@ from torch import nn
 
 from flyweight.blocks import Classifier, Options
 from flyweight.initialise import torch_default
-from flyweight.net import Net
+from flyweight.net import Net, Rules
 
 
 class Stem(NamedTuple):
@@ -56,6 +56,30 @@ def build(o: Options) -> Net:
     stages["pool5"] = nn.MaxPool2d(3, stride=2)
     return Net(stages, classifier(o, channels, stem.grid, o.channels(stem.hidden)))
 
+
+TORCHVISION = (0, 3, 6, 8, 10)  # its positions of the convolutions
+PYTORCHCV = ("stage1.unit1", "stage2.unit1", "stage3.unit1", "stage3.unit2", "stage3.unit3")
+CONV = r"features\.conv(\d)\.conv"
+NAMES: dict[str, Rules] = {
+    "torchvision": [
+        (CONV, lambda match: f"features.{TORCHVISION[int(match[1]) - 1]}"),
+        (r"head\.hidden\.fc6", "classifier.1"),
+        (r"head\.hidden\.fc7", "classifier.4"),
+        (r"head\.fc", "classifier.6"),
+    ],
+    "cadene": [
+        (CONV, lambda match: f"_features.{TORCHVISION[int(match[1]) - 1]}"),
+        (r"head\.hidden\.fc6", "linear0"),
+        (r"head\.hidden\.fc7", "linear1"),
+        (r"head\.fc", "last_linear"),
+    ],
+    "pytorchcv": [
+        (CONV, lambda match: f"features.{PYTORCHCV[int(match[1]) - 1]}.conv"),
+        (r"head\.hidden\.fc6", "output.fc1.fc"),
+        (r"head\.hidden\.fc7", "output.fc2.fc"),
+        (r"head\.fc", "output.fc3"),
+    ],
+}
 
 DEFAULTS = {"norm": "none", "drop_rate": 0.5}
 initialise = torch_default

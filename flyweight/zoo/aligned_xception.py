@@ -7,13 +7,15 @@ the 65-layer form but for where the exit flow has its activations.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from flyweight.blocks import Options, Residual
 from flyweight.initialise import kaiming_normal
-from flyweight.net import Net
+from flyweight.net import Net, Rules
+from flyweight.zoo.resnet import LEAF
 
 # Number of blocks in the entry flow → output channels and stride of each.
 ENTRIES = {
@@ -91,6 +93,34 @@ def build(o: Options, entry: int = 3, middle: int = 16, exit_act: str = "inside"
     stages["exit"] = exit_flow(o, now, channels, exit_act)
     return Net(stages, o.classifier(channels[-1]))
 
+
+LAYERS = {
+    "depthwise.conv": "conv_dw",
+    "depthwise.norm": "bn_dw",
+    "pointwise.conv": "conv_pw",
+    "pointwise.norm": "bn_pw",
+}
+
+
+def timm(args: Mapping[str, Any]) -> Rules:
+    """Blocks are numbered from 0; the exit flow is one more. The 20-block form is not in timm."""
+    if args.get("exit_act", "inside") != "inside":
+        return []
+    last = args.get("entry", 3) + args.get("middle", 16) + 1
+    separable = r"(conv\d)\.(\w+\.\w+)"
+    return [
+        (r"features\.conv([12])\.(conv|norm)", lambda m: f"stem.{int(m[1]) - 1}.{LEAF[m[2]]}"),
+        (r"features\.block(\d+)\.shortcut\.(conv|norm)", lambda m: f"blocks.{int(m[1]) - 1}.shortcut.{LEAF[m[2]]}"),
+        (
+            r"features\.block(\d+)\.body\." + separable,
+            lambda m: f"blocks.{int(m[1]) - 1}.stack.{m[2]}.{LAYERS[m[3]]}",
+        ),
+        (r"features\.exit\." + separable, lambda m: f"blocks.{last}.stack.{m[1]}.{LAYERS[m[2]]}"),
+        (r"head\.fc", "head.fc"),
+    ]
+
+
+NAMES = {"timm": timm}
 
 DEFAULTS = {"eps": 1e-3}
 initialise = kaiming_normal

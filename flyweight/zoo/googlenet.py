@@ -3,13 +3,16 @@
 As torchvision has it: with batch normalisation, and 3 × 3 kernels in the branch whose kernels the paper has as 5 × 5.
 """
 
+import re
 from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import nn
 
 from flyweight.blocks import Branches, Classifier, Options
 from flyweight.initialise import truncated_normal
-from flyweight.net import Net
+from flyweight.net import Net, Rules
+from flyweight.zoo.resnet import LEAF
 
 # Table 1: channels of 1 × 1; 3 × 3 reduced, 3 × 3; 5 × 5 reduced, 5 × 5; pool projection. "pool": the kernel.
 ROWS = {
@@ -76,6 +79,35 @@ def build(o: Options, aux: bool = True) -> Net:
             heads[f"inception{name}"] = aux_head(o, channels)
     return Net(stages, o.classifier(channels), heads)
 
+
+BRANCHES = {
+    "conv1": "branch1",
+    "conv3.reduce": "branch2.0",
+    "conv3.conv": "branch2.1",
+    "conv5.reduce": "branch3.0",
+    "conv5.conv": "branch3.1",
+    "pool.project": "branch4.1",
+}
+
+
+def aux_name(path: str) -> Callable[[re.Match[str]], str]:
+    """A path in an auxiliary head; they are numbered from 1."""
+    return lambda match: f"aux{AUX.index(match[1]) + 1}." + path.format(LEAF.get(match[match.lastindex or 0]))
+
+
+NAMES: dict[str, Rules] = {
+    "torchvision": [
+        (r"features\.conv(\d)\.(conv|norm)", lambda m: f"conv{m[1]}.{LEAF[m[2]]}"),
+        (
+            r"features\.inception(..)\.branches\.(.+)\.(conv|norm)",
+            lambda m: f"inception{m[1]}.{BRANCHES[m[2]]}.{LEAF[m[3]]}",
+        ),
+        (r"aux\.inception(..)\.pool\.conv\.(conv|norm)", aux_name("conv.{}")),
+        (r"aux\.inception(..)\.hidden\.fc", aux_name("fc1")),
+        (r"aux\.inception(..)\.fc", aux_name("fc2")),
+        (r"head\.fc", "fc"),
+    ]
+}
 
 DEFAULTS = {"eps": 1e-3, "drop_rate": 0.2}
 initialise = truncated_normal(0.01)

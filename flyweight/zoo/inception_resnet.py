@@ -6,18 +6,22 @@ normalised values before the classes; v2, as timm and TensorFlow have it, has th
 of figure 15, 320, 1088 and 2080 channels in its stages and a last 1 × 1 convolution to 1536.
 """
 
+import re
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from flyweight.blocks import Classifier, Options, Residual, Row, module, stack
 from flyweight.initialise import torch_default
-from flyweight.net import FINAL, Net
+from flyweight.net import FINAL, Net, Rules
 from flyweight.ops import GlobalAvgPool
 from flyweight.zoo import inception_v3
 from flyweight.zoo.inception_v3 import MAX, V
 from flyweight.zoo.inception_v4 import AVG
+from flyweight.zoo.resnet import LEAF
 
 
 @dataclass(frozen=True)
@@ -106,6 +110,57 @@ def build(o: Options, version: int = 2) -> Net:
     stages[FINAL], channels = module(o, channels, (1536, 1))
     return Net(stages, o.classifier(channels))
 
+
+# timm's names of the convolutions before the body (v2), and of the stages of residual units.
+CONVS = ("1a", "2a", "2b", "3b", "4a")
+REPEATS = {"35": "repeat", "17": "repeat_1", "8": "repeat_2"}
+
+
+def timm_module(module: str) -> str:
+    """The last unit stands alone."""
+    if module.startswith("mixed"):
+        return f"mixed_{module[5:]}"
+    kind, number = module.removeprefix("block").split("_")
+    return "block8" if module == "block8_10" else f"{REPEATS[kind]}.{int(number) - 1}"
+
+
+def timm_branch(match: re.Match[str]) -> str:
+    """Branches and their steps are numbered from 0; a convolution alone in its branch is not."""
+    module, branch, conv, leaf = match.groups()
+    alone = branch == "1" and module != "mixed7a"
+    return f"{timm_module(module)}.branch{int(branch) - 1}{'' if alone else f'.{int(conv) - 1}'}.{LEAF[leaf]}"
+
+
+def unit(module: str) -> str:
+    """pytorchcv's stage and unit: a halving module begins a stage; v2's first module belongs to the stem."""
+    if module == "mixed5b":
+        return "features.init_block.block"
+    if module.startswith("mixed"):
+        return f"features.stage{int(module[5]) - 4}.unit1"
+    kind, number = module.removeprefix("block").split("_")
+    stage = list(REPEATS).index(kind) + 1
+    return f"features.stage{stage}.unit{int(number) + (stage > 1)}"
+
+
+FACENET: Rules = [  # version 1's head
+    (r"head\.hidden\.fc\.conv", "output.fc1"),
+    (r"head\.hidden\.fc\.norm", "output.bn"),
+    (r"head\.fc", "output.fc2"),
+]
+FINAL_CONV: Rules = [(r"features\.final\.(conv|norm)", lambda m: f"features.final_conv.{LEAF[m[1]]}")]
+TIMM: Rules = [
+    (r"features\.conv(\d)\.(conv|norm)", lambda m: f"conv2d_{CONVS[int(m[1]) - 1]}.{LEAF[m[2]]}"),
+    (r"features\.(\w+)\.(?:body\.branches\.)?" + inception_v3.BRANCH_PATH, timm_branch),
+    (r"features\.(\w+)\.body\.project", lambda m: f"{timm_module(m[1])}.conv2d"),
+    (r"features\.final\.(conv|norm)", lambda m: f"conv2d_7b.{LEAF[m[1]]}"),
+    (r"head\.fc", "classif"),
+]
+NAMES: dict[str, Callable[[Mapping[str, Any]], Rules]] = {
+    "timm": lambda args: TIMM if args.get("version", 2) == 2 else [],
+    "cadene": lambda args: [(r"head\.fc", "last_linear"), *TIMM] if args.get("version", 2) == 2 else [],
+    "pytorchcv": lambda args: [*(FACENET if args.get("version") == 1 else FINAL_CONV), *inception_v3.pytorchcv(unit)],
+}
+SWAPPED = {"pytorchcv": "head.hidden.fc.conv.weight"}
 
 initialise = torch_default
 SIZE = 299

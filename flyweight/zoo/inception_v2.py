@@ -7,6 +7,7 @@ arXiv:1512.00567, section 6) is another network, for 299 pixels, with n × n ker
 once its first 7 × 7 is three 3 × 3 and its auxiliary head normalised, that paper calls it Inception-v3.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 
@@ -15,8 +16,9 @@ from torch import nn
 
 from flyweight.blocks import Options, Row, stack
 from flyweight.initialise import kaiming_uniform
-from flyweight.net import Net
+from flyweight.net import Net, Rules
 from flyweight.ops import SameMaxPool2d
+from flyweight.zoo.resnet import LEAF
 
 AVG = partial(nn.AvgPool2d, 3, 1, 1)
 
@@ -67,6 +69,59 @@ def build(o: Options) -> Net:
     add_biases(net)
     return net
 
+
+# pytorchcv's stages, from 1, hold these modules.
+UNITS = {
+    module: f"stage{stage}.unit{unit}"
+    for stage, modules in enumerate((("3a", "3b"), ("3c", "4a", "4b", "4c", "4d"), ("4e", "5a", "5b")), start=1)
+    for unit, module in enumerate(modules, start=1)
+}
+STEM = {"1": "conv1", "2": "conv2.conv1", "3": "conv2.conv2"}
+REDUCING = ("3c", "4e")
+MODULE = r"features\.inception(..)\.branches\.branch(\d)\.conv(\d)\.(conv|norm)"
+
+
+def pytorchcv(match: re.Match[str]) -> str:
+    """A branch with one convolution has no number for it; without a pool before it, it is the branch itself."""
+    name, branch, conv, leaf = match.groups()
+    single = {} if name in REDUCING else {"1": "", "4": ".conv"}
+    inner = single.get(branch, f".conv{conv}")
+    return f"features.{UNITS[name]}.branches.branch{branch}{inner}.{LEAF[leaf]}"
+
+
+# Caffe's names of branch and convolution, as the halving modules number them from 2.
+CAFFE = {
+    "11": "1x1",
+    "21": "3x3_reduce",
+    "22": "3x3",
+    "31": "double_3x3_reduce",
+    "32": "double_3x3_1",
+    "33": "double_3x3_2",
+    "42": "pool_proj",
+}
+CAFFE_STEM = {"1": "conv1_7x7_s2", "2": "conv2_3x3_reduce", "3": "conv2_3x3"}
+
+
+def cadene(match: re.Match[str]) -> str:
+    """All on one level, the norm by the name of its convolution."""
+    name, branch, conv, leaf = match.groups()
+    side = CAFFE[f"{int(branch) + (name in REDUCING)}{conv}"]
+    return f"inception_{name}_{side}{'_bn' if leaf == 'norm' else ''}"
+
+
+NAMES: dict[str, Rules] = {
+    "cadene": [
+        (r"features\.conv(\d)\.conv", lambda m: CAFFE_STEM[m[1]]),
+        (r"features\.conv(\d)\.norm", lambda m: f"{CAFFE_STEM[m[1]]}_bn"),
+        (MODULE, cadene),
+        (r"head\.fc", "last_linear"),
+    ],
+    "pytorchcv": [
+        (r"features\.conv(\d)\.(conv|norm)", lambda m: f"features.init_block.{STEM[m[1]]}.{LEAF[m[2]]}"),
+        (MODULE, pytorchcv),
+        (r"head\.fc", "output"),
+    ],
+}
 
 initialise = kaiming_uniform
 REFERENCE = "pytorchcv bninception"

@@ -4,15 +4,18 @@ As torchvision has it, after TensorFlow's code: the first modules keep a branch 
 two 3 × 3 that replace a 5 × 5 (figure 5); n × n becomes 1 × n and n × 1 (figure 6), with n = 7.
 """
 
+import re
 from collections import OrderedDict
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
 from flyweight.blocks import Classifier, Options, Row, stack
 from flyweight.initialise import truncated_normal
-from flyweight.net import Net
+from flyweight.net import Net, Rules
 from flyweight.zoo.inception_v2 import AVG
+from flyweight.zoo.resnet import LEAF
 
 V = 0  # no padding: what "V" (valid) marks in the figures of Inception-v4
 MAX = partial(nn.MaxPool2d, 3, 2)
@@ -86,6 +89,75 @@ def build(o: Options, aux: bool = True) -> Net:
     if aux:
         heads[AUX] = aux_head(o, 4 * o.channels(192))  # `factorised7` ends with four branches of 192
     return Net(stages, o.classifier(channels), heads, AUX_WEIGHT)
+
+
+# torchvision's names of the convolutions before the body; of the branches of modules, by the modules' first characters.
+CONVS = ("1a_3x3", "2a_3x3", "2b_3x3", "3b_1x1", "4a_3x3")
+SIDES = {
+    "5": ("1x1", "5x5", "3x3dbl", "_pool"),
+    "6a": ("3x3", "3x3dbl"),
+    "6": ("1x1", "7x7", "7x7dbl", "_pool"),
+    "7a": ("3x3", "7x7x3"),
+    "7": ("1x1", "3x3", "3x3dbl", "_pool"),
+}
+BRANCH_PATH = r"branches\.branch(\d)\.conv(\d)\.(conv|norm)"
+SPLIT_PATH = r"branches\.branch(\d)\.split\.branches\.branch(\d)\.conv1\.(conv|norm)"
+
+
+def branch_name(match: re.Match[str]) -> str:
+    """Convolutions are numbered where a branch has several."""
+    module, branch, conv, leaf = match.groups()
+    side = SIDES.get(module, SIDES.get(module[0], ()))[int(branch) - 1]
+    single = side in ("1x1", "_pool") or (module, side) == ("6a", "3x3")
+    return f"Mixed_{module}.branch{side}{'' if single else f'_{conv}'}.{LEAF[leaf]}"
+
+
+def split_name(match: re.Match[str]) -> str:
+    """The two side by side are a and b; they are the second or third step, as the branch is the second or third."""
+    module, branch, half, leaf = match.groups()
+    return f"Mixed_{module}.branch{SIDES['7'][int(branch) - 1]}_{branch}{'ab'[int(half) - 1]}.{LEAF[leaf]}"
+
+
+def pytorchcv(place: Callable[[str], str]) -> Rules:
+    """pytorchcv's names of this and the later Inception nets, which differ in where (`place`) they have a module.
+
+    A module that halves the size has lists of convolutions in all branches; the others not in the first and fourth.
+    """
+    inner = r"(?:body\.branches\.)?"
+    one = r"features\.((?:mixed\d[b-z]|inception|block)\w*)\." + inner + r"branches\.branch([14])\.conv\d\.(conv|norm)"
+    names = ("conv1x3", "conv3x1")
+    return [
+        (r"features\.conv(\d)\.(conv|norm)", lambda m: f"features.init_block.conv{m[1]}.{LEAF[m[2]]}"),
+        (one, lambda m: f"{place(m[1])}.branches.branch{m[2]}.conv.{LEAF[m[3]]}"),
+        (
+            r"features\.(\w+)\." + inner + BRANCH_PATH,
+            lambda m: f"{place(m[1])}.branches.branch{m[2]}.conv_list.conv{m[3]}.{LEAF[m[4]]}",
+        ),
+        (
+            r"features\.(\w+)\." + SPLIT_PATH,
+            lambda m: f"{place(m[1])}.branches.branch{m[2]}.{names[int(m[3]) - 1]}.{LEAF[m[4]]}",
+        ),
+        (r"features\.(\w+)\.body\.project", lambda m: f"{place(m[1])}.conv"),
+        (r"head\.fc", "output.fc"),
+    ]
+
+
+def unit(module: str) -> str:
+    """pytorchcv's stage and unit, from 1: a halving module begins a stage, mixed5b the first."""
+    stage = int(module[5]) - 4
+    return f"features.stage{stage}.unit{'abcde'.index(module[6]) + (stage > 1)}"
+
+
+TORCHVISION: Rules = [
+    (r"features\.conv(\d)\.(conv|norm)", lambda m: f"Conv2d_{CONVS[int(m[1]) - 1]}.{LEAF[m[2]]}"),
+    (r"features\.mixed(..)\." + BRANCH_PATH, branch_name),
+    (r"features\.mixed(..)\." + SPLIT_PATH, split_name),
+    (r"aux\.mixed6e\.pool\.conv(\d)\.(conv|norm)", lambda m: f"AuxLogits.conv{int(m[1]) - 1}.{LEAF[m[2]]}"),
+    (r"aux\.mixed6e\.fc", "AuxLogits.fc"),
+    (r"head\.fc", "fc"),
+]
+CADENE: Rules = [(r"head\.fc", "last_linear"), *TORCHVISION]
+NAMES = {"torchvision": TORCHVISION, "timm": TORCHVISION, "cadene": CADENE, "pytorchcv": pytorchcv(unit)}
 
 
 def initialise(net: nn.Module) -> None:

@@ -3,14 +3,16 @@
 Szegedy et al., arXiv:1602.07261, figures 3 to 9, as timm and TensorFlow have it.
 """
 
+import re
 from functools import partial
 
 from torch import nn
 
 from flyweight.blocks import Options, Row, stack
 from flyweight.initialise import torch_default
-from flyweight.net import Net
-from flyweight.zoo.inception_v3 import MAX, SMALL_STEM, V
+from flyweight.net import Net, Rules
+from flyweight.zoo.inception_v3 import BRANCH_PATH, MAX, SMALL_STEM, SPLIT_PATH, V, pytorchcv
+from flyweight.zoo.resnet import LEAF
 
 AVG = partial(nn.AvgPool2d, 3, 1, 1, count_include_pad=False)  # as in TensorFlow, padding does not count
 
@@ -57,6 +59,53 @@ def build(o: Options) -> Net:
     stages, channels = stack(o, o.in_chans, STEMS[o.stem] | BODY)
     return Net(stages, o.classifier(channels))
 
+
+POSITIONS = list(STEM | BODY)  # all in one list
+
+
+def timm(match: re.Match[str]) -> str:
+    """Branches and their steps are numbered from 0; a convolution alone in its branch is not."""
+    module, branch, conv, leaf = match.groups()
+    position = f"features.{POSITIONS.index(module)}"
+    if module in ("mixed3a", "mixed5a"):
+        return f"{position}.conv.{LEAF[leaf]}"
+    alone = branch == "1" and module not in ("mixed4a", "reduction_b")
+    joint = "_" if module.startswith("inception_c") and branch in "23" else "."
+    return f"{position}.branch{int(branch) - 1}{'' if alone else f'{joint}{int(conv) - 1}'}.{LEAF[leaf]}"
+
+
+def timm_split(match: re.Match[str]) -> str:
+    """The two side by side are a and b; they are step 1 of branch 1, step 3 of branch 2."""
+    module, branch, half, leaf = match.groups()
+    step = {"2": "branch1_1", "3": "branch2_3"}[branch]
+    return f"features.{POSITIONS.index(module)}.{step}{'ab'[int(half) - 1]}.{LEAF[leaf]}"
+
+
+def unit(module: str) -> str:
+    """pytorchcv's stage and unit: three modules belong to its stem, and a halving module begins a stage."""
+    if module in STEM:
+        return f"features.init_block.block{list(STEM).index(module) - 2}"
+    kind, name = module.split("_")  # reduction_a, inception_c3
+    if kind == "reduction":
+        return f"features.stage{'ab'.index(name) + 2}.unit1"
+    stage = "abc".index(name[0]) + 1
+    return f"features.stage{stage}.unit{int(name[1]) + (stage > 1)}"
+
+
+TIMM: Rules = [
+    (r"features\.conv(\d)\.(conv|norm)", lambda m: f"features.{int(m[1]) - 1}.{LEAF[m[2]]}"),
+    (r"features\.(\w+)\." + BRANCH_PATH, timm),
+    (r"features\.(\w+)\." + SPLIT_PATH, timm_split),
+    (r"head\.fc", "last_linear"),
+]
+NAMES: dict[str, Rules] = {
+    "timm": TIMM,
+    "cadene": TIMM,
+    "pytorchcv": [
+        (r"features\.(mixed[35]a)\." + BRANCH_PATH, lambda m: f"{unit(m[1])}.branches.branch{m[2]}.conv.{LEAF[m[4]]}"),
+        *pytorchcv(unit),
+    ],
+}
 
 initialise = torch_default
 SIZE = 299

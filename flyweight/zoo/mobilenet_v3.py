@@ -3,14 +3,19 @@
 The width multiplier scales the last convolution and the classifier's hidden layer as well, as in torchvision.
 """
 
+import re
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from flyweight.blocks import Classifier, InvertedResidual, Options, Residual
 from flyweight.initialise import kaiming_normal
-from flyweight.net import FINAL, Net
+from flyweight.net import FINAL, Net, Rules
+from flyweight.zoo.mobilenet_v1 import places
+from flyweight.zoo.mobilenet_v2 import BLOCK, timm_blocks
 
 Row = tuple[int, int, int, bool, str, int]
 
@@ -70,6 +75,53 @@ def build(o: Options, table: str = "large") -> Net:
     layer = nn.Sequential(OrderedDict(fc=nn.Linear(LAST * channels, units), act=o.activation()))
     return Net(stages, Classifier(LAST * channels, o.num_classes, o.drop_rate, hidden=layer, hidden_features=units))
 
+
+def torchvision(args: Mapping[str, Any]) -> Rules:
+    """All in one list; a block's layers are numbered, so that it matters which of them it has."""
+    size = Options(width=args.get("width", 1.0)).channels
+    rows = TABLES[args.get("table", "large")][0]
+    inputs = [16, *(c for _, _, c, *_ in rows)]
+
+    def layer(match: re.Match[str]) -> str:
+        _, expanded, _, se, *_ = rows[int(match[1]) - 1]
+        has_expansion = size(expanded) != size(inputs[int(match[1]) - 1])
+        parts = ["expand"] * has_expansion + ["depthwise"] + ["se"] * se + ["project"]
+        last = {"conv": "0", "norm": "1", "reduce": "fc1", "expand": "fc2"}[match[3]]
+        return f"features.{match[1]}.block.{parts.index(match[2])}.{last}"
+
+    return [
+        (r"features\.stem\.conv", "features.0.0"),
+        (r"features\.stem\.norm", "features.0.1"),
+        (BLOCK + r"(\w+)\.(conv|norm|reduce|expand)", layer),
+        (r"features\.final\.conv", f"features.{len(rows) + 1}.0"),
+        (r"features\.final\.norm", f"features.{len(rows) + 1}.1"),
+        (r"head\.hidden\.fc", "classifier.0"),
+        (r"head\.fc", "classifier.3"),
+    ]
+
+
+def timm(args: Mapping[str, Any]) -> Rules:
+    """As MobileNetV2's; the last convolution is one more stage."""
+    channels = [row[2] for row in TABLES[args.get("table", "large")][0]]
+    place = places(channels)
+    last = place[-1][0] + 1
+
+    def excite(match: re.Match[str]) -> str:
+        stage, number = place[int(match[1]) - 1]
+        return f"blocks.{stage}.{number}.se.conv_{match[2]}"
+
+    return [
+        *timm_blocks(channels),
+        (BLOCK + r"se\.(reduce|expand)", excite),
+        (r"features\.final\.conv", f"blocks.{last}.0.conv"),
+        (r"features\.final\.norm", f"blocks.{last}.0.bn1"),
+        (r"head\.hidden\.fc", "conv_head"),
+        (r"head\.fc", "classifier"),
+    ]
+
+
+NAMES = {"torchvision": torchvision, "timm": timm}
+SWAPPED = {"timm": "head.hidden.fc.weight"}
 
 DEFAULTS = {"act": "hardswish", "eps": 1e-3, "se": 0.25, "gate": "hardsigmoid", "drop_rate": 0.2}
 initialise = kaiming_normal

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import nn
 
 from flyweight.blocks import ConvClassifier, Options
-from flyweight.net import Net
+from flyweight.net import Net, Rules
 from flyweight.zoo import squeezenet
 
 
@@ -70,6 +70,13 @@ def build(o: Options) -> Net:
     act = o.activation() if o.norm == "none" else None
     return Net(stages, ConvClassifier(now, o.num_classes, act=act))
 
+
+NAMES: dict[str, Rules] = {
+    "pytorchcv": [
+        (r"features\.mlpconv(\d)\.conv(\d)\.conv", r"features.stage\1.unit\2.conv"),
+        (r"head\.fc", "output.final_conv.conv"),
+    ]
+}
 
 DEFAULTS = {"norm": "none", "drop_rate": 0.5}
 initialise = squeezenet.initialise

@@ -5,8 +5,9 @@ The bottleneck's stride is on its 3 × 3 convolution, as in torchvision, not on 
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -90,6 +91,7 @@ def cifar(depth: int) -> dict[str, object]:
     return {"stem": "cifar", "layers": [(depth - 2) // 6] * 3, "channels": [16, 32, 64], "shortcut": "identity"}
 
 
+LEAF = {"conv": "conv", "norm": "bn"}  # the layers of `Options.conv` in other libraries
 BLOCK = r"features\.stage(\d)_block(\d+)\."
 
 
@@ -106,7 +108,29 @@ BLOCKS: Rules = [
 ]
 STEM: Rules = [(r"features\.stem\.conv", "conv1"), (r"features\.stem\.norm", "bn1")]
 TORCHVISION: Rules = [*STEM, *BLOCKS, (r"head\.fc", "fc")]
-NAMES = {"torchvision": TORCHVISION}  # timm's are the same
+EXCITE = BLOCK + r"body\.se\."
+TIMM: Rules = [*TORCHVISION, (EXCITE + "reduce", layer("se.fc1")), (EXCITE + "expand", layer("se.fc2"))]
+
+
+def pytorchcv(args: Mapping[str, Any]) -> Rules:
+    """Numbers begin at 1, as ours; the stem of the small-picture form is one level higher."""
+    stem = "features.init_block" if args.get("stem") == "cifar" else "features.init_block.conv"
+    unit = r"features.stage\1.unit\2"
+    return [
+        (r"features\.stem\.conv", f"{stem}.conv"),
+        (r"features\.stem\.norm", f"{stem}.bn"),
+        (BLOCK + r"body\.conv(\d)\.conv", rf"{unit}.body.conv\3.conv"),
+        (BLOCK + r"body\.conv(\d)\.norm", rf"{unit}.body.conv\3.bn"),
+        (BLOCK + r"shortcut\.conv", rf"{unit}.identity_conv.conv"),
+        (BLOCK + r"shortcut\.norm", rf"{unit}.identity_conv.bn"),
+        (EXCITE + "reduce", rf"{unit}.se.conv1"),
+        (EXCITE + "expand", rf"{unit}.se.conv2"),
+        (r"head\.fc", "output"),
+    ]
+
+
+CADENE: Rules = [(r"head\.fc", "last_linear"), *TORCHVISION]
+NAMES = {"torchvision": TORCHVISION, "timm": TIMM, "cadene": CADENE, "pytorchcv": pytorchcv}
 
 initialise = kaiming_normal
 REFERENCE = "torchvision"

@@ -3,26 +3,10 @@
 `se` gives the same to every residual and MobileNet family; these are the paper's own networks.
 """
 
-from flyweight.net import Rules
 from flyweight.zoo import resnet, resnext
 
 build, initialise, WIDTHS = resnet.build, resnet.initialise, (0.125, 0.25, 0.5, 1.0)
-EXCITE = resnet.BLOCK + r"body\.se\."
-NAMES: dict[str, Rules] = {
-    "timm": [
-        *resnet.TORCHVISION,
-        (EXCITE + "reduce", resnet.layer("se.fc1")),
-        (EXCITE + "expand", resnet.layer("se.fc2")),
-    ],
-    "cadene": [  # and timm's legacy_seresnet50, legacy_seresnext50_32x4d
-        (r"features\.stem\.conv", "layer0.conv1"),
-        (r"features\.stem\.norm", "layer0.bn1"),
-        *resnet.BLOCKS,
-        (EXCITE + "reduce", resnet.layer("se_module.fc1")),
-        (EXCITE + "expand", resnet.layer("se_module.fc2")),
-        (r"head\.fc", "last_linear"),
-    ],
-}
+NAMES = {library: resnet.NAMES[library] for library in ("timm", "pytorchcv")}
 REFERENCE = "timm legacy_seresnet50, legacy_seresnext50_32x4d"
 RATIO = {"se": 1 / 16}  # section 4.4: a reduction of 16
 VARIANTS = {

@@ -1,12 +1,13 @@
 """ShuffleNet V2: Practical Guidelines for Efficient CNN Architecture Design (Ma et al., arXiv:1807.11164)."""
 
+import re
 from collections import OrderedDict
 
 from torch import nn
 
 from flyweight.blocks import Branches, Options
 from flyweight.initialise import torch_default
-from flyweight.net import FINAL, Net
+from flyweight.net import FINAL, Net, Rules
 from flyweight.ops import ChannelShuffle, Part
 
 # Table 5: width → output channels of stages 2, 3, 4; the stages repeat 4, 8, 4 units, the first of each with stride 2.
@@ -54,6 +55,28 @@ def build(o: Options) -> Net:
     stages[FINAL] = o.conv(channels, last, 1)
     return Net(stages, o.classifier(last))
 
+
+# torchvision's positions of the convolutions, each followed by its norm; an activation may follow.
+POSITIONS = {"left": {"depthwise": 0, "pointwise": 2}, "right": {"reduce": 0, "depthwise": 3, "pointwise": 5}}
+
+
+def torchvision(match: re.Match[str]) -> str:
+    """Branch 1 is the left one."""
+    stage, number, side, layer, leaf = match.groups()
+    position = POSITIONS[side][layer] + (leaf == "norm")
+    return f"stage{stage}.{int(number) - 1}.branch{1 if side == 'left' else 2}.{position}"
+
+
+NAMES: dict[str, Rules] = {
+    "torchvision": [
+        (r"features\.stem\.conv", "conv1.0"),
+        (r"features\.stem\.norm", "conv1.1"),
+        (r"features\.stage(\d)_unit(\d)\.branches\.branches\.(\w+)\.(\w+)\.(conv|norm)", torchvision),
+        (r"features\.final\.conv", "conv5.0"),
+        (r"features\.final\.norm", "conv5.1"),
+        (r"head\.fc", "fc"),
+    ]
+}
 
 initialise = torch_default
 REFERENCE = "torchvision"

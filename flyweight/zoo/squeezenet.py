@@ -81,7 +81,23 @@ def torchvision(args: Mapping[str, Any]) -> Rules:
     return rules
 
 
-NAMES = {"torchvision": torchvision}
+def pytorchcv(args: Mapping[str, Any]) -> Rules:
+    """A stage begins at each pool; `bypass="simple"` changes no names there."""
+    pools = VERSIONS[args.get("version", "1.0")][2]
+    rules: Rules = [(r"features\.stem\.conv", "features.init_block.conv"), (r"head\.fc", "output.final_conv")]
+    for stage, (first, end) in enumerate(zip(pools, (*pools[1:], LAST + 1), strict=True), start=1):
+        for i in range(first, end):
+            unit = rf"features.stage{stage}.unit{i - first + 1}.\1.conv"
+            rules.append((rf"features\.fire{i}\.(?:body\.)?((?:squeeze|expand)\w*)\.conv", unit))
+    return rules
+
+
+def cadene(args: Mapping[str, Any]) -> Rules:
+    """torchvision's but for the last convolution."""
+    return [(r"head\.fc", "last_conv"), *torchvision(args)]
+
+
+NAMES = {"torchvision": torchvision, "cadene": cadene, "pytorchcv": pytorchcv}
 DEFAULTS = {"norm": "none", "drop_rate": 0.5}
 REFERENCE = "torchvision"
 VARIANTS = {

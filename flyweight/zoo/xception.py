@@ -1,5 +1,6 @@
 """Xception: Deep Learning with Depthwise Separable Convolutions (Chollet, arXiv:1610.02357)."""
 
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -7,7 +8,8 @@ from torch import nn
 
 from flyweight.blocks import Options, Residual
 from flyweight.initialise import kaiming_normal
-from flyweight.net import Net
+from flyweight.net import Net, Rules
+from flyweight.zoo.resnet import LEAF
 
 Row = tuple[tuple[int, ...], int]
 
@@ -59,6 +61,45 @@ def build(o: Options) -> Net:
         now = out
     return Net(stages, o.classifier(now))
 
+
+def timm(match: re.Match[str]) -> str:
+    """A block is one list: ReLU (not first in block 1), convolution, norm, and again."""
+    block, conv, layer = match.groups()
+    position = 3 * int(conv) - 2 - (block == "1")
+    last = {"depthwise": f"{position}.conv1", "pointwise.conv": f"{position}.pointwise", "pointwise.norm": position + 1}
+    return f"block{block}.rep.{last[layer]}"
+
+
+# Blocks in pytorchcv's stages: each where the channels grow, the middle flow with the third.
+UNITS = ["stage1.unit1", "stage2.unit1", *(f"stage3.unit{i}" for i in range(1, 10)), "stage4.unit1"]
+PYTORCHCV = {"depthwise": "conv.dw_conv", "pointwise.conv": "conv.pw_conv", "pointwise.norm": "bn"}
+SEPARABLE = r"(depthwise|pointwise\.conv|pointwise\.norm)"
+BODY, SHORTCUT = r"features\.block(\d+)\.body\.conv(\d)\." + SEPARABLE, r"features\.block(\d+)\.shortcut\."
+TIMM: Rules = [
+    (r"features\.conv([12])\.conv", r"conv\1"),
+    (r"features\.conv([12])\.norm", r"bn\1"),
+    (BODY, timm),
+    (SHORTCUT + "conv", r"block\1.skip"),
+    (SHORTCUT + "norm", r"block\1.skipbn"),
+    (r"features\.conv([34])\.depthwise", r"conv\1.conv1"),
+    (r"features\.conv([34])\.pointwise\.conv", r"conv\1.pointwise"),
+    (r"features\.conv([34])\.pointwise\.norm", r"bn\1"),
+    (r"head\.fc", "fc"),
+]
+NAMES: dict[str, Rules] = {
+    "timm": TIMM,
+    "cadene": [(r"head\.fc", "last_linear"), *TIMM],
+    "pytorchcv": [
+        (r"features\.conv([12])\.(conv|norm)", lambda m: f"features.init_block.conv{m[1]}.{LEAF[m[2]]}"),
+        (BODY, lambda m: f"features.{UNITS[int(m[1]) - 1]}.body.block{m[2]}.{PYTORCHCV[m[3]]}"),
+        (SHORTCUT + "(conv|norm)", lambda m: f"features.{UNITS[int(m[1]) - 1]}.identity_conv.{LEAF[m[2]]}"),
+        (
+            r"features\.conv([34])\." + SEPARABLE,
+            lambda m: f"features.final_block.conv{int(m[1]) - 2}.{PYTORCHCV[m[2]]}",
+        ),
+        (r"head\.fc", "output"),
+    ],
+}
 
 initialise = kaiming_normal
 SIZE = 299
