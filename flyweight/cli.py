@@ -42,6 +42,8 @@ def main() -> None:
         message = getattr(error, "format_message", None)  # a usage error of the option parser's
         if message is None:
             raise
+        if not message():
+            sys.exit(UsageError.exit_code)  # the help has been printed
         _fail(message(), UsageError.exit_code)
     if code == Interrupted.exit_code:
         _fail("interrupted", code)

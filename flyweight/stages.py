@@ -32,8 +32,9 @@ from flyweight.ship import write_card, write_json, write_model, write_network
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import FINE_TUNING, recipe_for
+from flyweight.transfer import adopt
 from flyweight.units import percent
-from flyweight.weights import adopt, load_preprocess, load_spec
+from flyweight.weights import load_net, load_preprocess, load_spec
 from flyweight.zoo import build
 
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
@@ -299,7 +300,7 @@ def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:
     train_split, size = work.splits.train, candidate.spec.input[1]
     if candidate.weights is not None:
         net = build(candidate.spec)
-        for change in adopt(net, candidate.weights):
+        for change in adopt(net, load_net(candidate.weights)):
             work.records.say(f"{candidate.name}: {change}")
         return net, load_preprocess(candidate.weights).at(size, train_split.channels)
     sample = train_split.batch(size, calibration_sample(len(train_split), work.job.seed, STATISTICS))

@@ -60,28 +60,6 @@ def load_into(net: Net, path: Path) -> None:
     _fill(net, read_tensors(path)[0], path)
 
 
-def adopt(net: Net, path: Path) -> list[str]:
-    """Fills a network for other classes or channels with a file's tensors, and says what could not be kept.
-
-    Classifiers, those of auxiliary heads too, start anew where the classes differ; the first convolution is summed over
-    its channels for grey pictures, or spread over three. Raises UsageError where anything else differs.
-    """
-    tensors, own, changed = read_tensors(path)[0], net.state_dict(), list[str]()
-    first, last = (net.pretrained_cfg[key] for key in ("first_conv", "classifier"))
-    classifiers = [last, *(f"aux.{stage}.fc" for stage in net.aux)]
-    for name in [f"{classifier}.{tensor}" for classifier in classifiers for tensor in ("weight", "bias")]:
-        if name in own and name in tensors and tensors[name].shape != own[name].shape:
-            if name == f"{last}.weight":
-                changed.append(f"its classifier of {len(tensors[name])} classes gives way to a new one")
-            tensors[name] = own[name]
-    weight = f"{first}.weight"
-    if weight in tensors and tensors[weight].shape[1] != net.in_chans and 1 in (net.in_chans, tensors[weight].shape[1]):
-        changed.append(f"its first convolution, for {tensors[weight].shape[1]} channels, is fitted to {net.in_chans}")
-        tensors[weight] = tensors[weight].sum(1, keepdim=True).expand_as(own[weight]) / net.in_chans
-    _fill(net, tensors, path)
-    return changed
-
-
 def _fill(net: Net, tensors: Mapping[str, Tensor], path: Path) -> None:
     own = net.state_dict()
     for name in sorted(own.keys() | tensors.keys()):

@@ -156,3 +156,11 @@ def test_a_run_is_never_overwritten(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "is not empty" in done.stderr
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("words", [(), ("weights",)])
+def test_no_words_print_the_help_alone(words: tuple[str, ...]) -> None:
+    done = run(*words)
+    assert done.returncode == 2
+    assert "Usage" in done.stdout + done.stderr
+    assert "flyweight: " not in done.stderr

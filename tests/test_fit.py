@@ -335,8 +335,8 @@ def test_a_job_starts_from_weights(tmp_path: Path) -> None:
     run = flyweight.fit("demo", BUDGET, time="40s", out=tmp_path / "run", pretrained=weights)
     records = [json.loads(line) for line in (run.folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     told = [record["message"] for record in records if record["kind"] == "log"]
-    assert any("its classifier of 4 classes gives way" in message for message in told)
-    assert any("for 3 channels, is fitted to 1" in message for message in told)
+    assert any("the classifier for 4 classes was dropped" in message for message in told)
+    assert any("kernels were summed for grey" in message for message in told)
     tried = {record["name"] for record in records if record["kind"] == "trial"}
     assert "airbench x0.25 @28 pretrained" in tried
     assert json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["pretrained"] == str(weights)

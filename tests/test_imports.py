@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
-    "ops", "graph", "initialise", "blocks", "net", "adapt", "zoo", "fold", "costs", "weights", "foreign", "pretrained",
-    "create", "timm_models", "tables", "train", "features", "export", "bench", "compress", "search", "stages",
-    "fitting", "cli",
+    "ops", "graph", "initialise", "blocks", "net", "adapt", "zoo", "fold", "costs", "weights", "transfer", "foreign",
+    "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench", "compress", "search",
+    "stages", "fitting", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}

@@ -46,6 +46,7 @@ def test_the_module_runs_as_a_command() -> None:
 def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
     patterns = (
         "flyweight/**/*.py",
+        "flyweight/*.json",
         "flyweight/**/*.jinja",
         "flyweight/**/*.css",
         "flyweight/demo/*",

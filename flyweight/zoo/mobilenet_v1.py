@@ -64,7 +64,9 @@ def timm(args: Mapping[str, Any]) -> Rules:
 
 
 def pytorchcv(args: Mapping[str, Any]) -> Rules:
-    """Stages and units are numbered from 1."""
+    """Stages and units are numbered from 1; the activation is always ReLU."""
+    if args.get("act", DEFAULTS["act"]) != "relu":
+        return []
     layers = {"depthwise": "dw_conv", "pointwise": "pw_conv"}
 
     def named(stage: int, number: int, layer: str, leaf: str) -> str:

@@ -16,8 +16,16 @@ from flyweight.initialise import kaiming_normal
 from flyweight.net import Net, Rules
 from flyweight.ops import PadChannels, round_channels
 
-# stem → kernel and stride of the first convolution, whether a 3 × 3 max-pool of stride 2 follows.
-STEMS = {"imagenet": (7, 2, True), "no_pool": (7, 2, False), "conv": (3, 2, False), "cifar": (3, 1, False)}
+POOL = partial(nn.MaxPool2d, 3, stride=2, padding=1)
+CAFFE_POOL = partial(nn.MaxPool2d, 3, stride=2, ceil_mode=True)
+# stem → kernel and stride of the first convolution, the 3 × 3 max-pool of stride 2 that follows.
+STEMS: dict[str, tuple[int, int, Callable[[], nn.Module] | None]] = {
+    "imagenet": (7, 2, POOL),
+    "caffe": (7, 2, CAFFE_POOL),
+    "no_pool": (7, 2, None),
+    "conv": (3, 2, None),
+    "cifar": (3, 1, None),
+}
 EXPANSION = 4
 
 
@@ -29,7 +37,7 @@ def basic(o: Options, in_channels: int, out_channels: int, stride: int) -> "Orde
 
 
 def bottleneck(
-    o: Options, in_channels: int, out_channels: int, stride: int, groups: int, base_width: int
+    o: Options, in_channels: int, out_channels: int, stride: int, groups: int, base_width: int, stride_first: bool
 ) -> "OrderedDict[str, nn.Module]":
     """1 × 1, (grouped) 3 × 3, 1 × 1 (figure 5, right; ResNeXt, arXiv:1611.05431, figure 3c).
 
@@ -37,8 +45,8 @@ def bottleneck(
     """
     middle = int(out_channels / EXPANSION * base_width / 64) * groups
     middle = middle if o.width == 1 else round_channels(middle, 8 * groups)
-    conv1 = o.conv(in_channels, middle, 1)
-    conv2 = o.conv(middle, middle, 3, stride, groups=groups)
+    conv1 = o.conv(in_channels, middle, 1, stride if stride_first else 1)
+    conv2 = o.conv(middle, middle, 3, 1 if stride_first else stride, groups=groups)
     conv3 = o.conv(middle, out_channels, 1, act=False)
     return OrderedDict([("conv1", conv1), ("conv2", conv2), ("conv3", conv3), *o.excite(out_channels)])
 
@@ -58,6 +66,7 @@ def build(
     shortcut: str = "projection",
     groups: int = 1,
     base_width: int = 64,
+    stride_first: bool = False,
 ) -> Net:
     """`layers` blocks ("basic" or "bottleneck") of `channels` per stage.
 
@@ -66,12 +75,16 @@ def build(
     """
     if block not in ("basic", "bottleneck") or shortcut not in ("projection", "identity"):
         raise ValueError('block is "basic" or "bottleneck", shortcut "projection" or "identity"')
-    make = partial(bottleneck, groups=groups, base_width=base_width) if block == "bottleneck" else basic
+    make = (
+        partial(bottleneck, groups=groups, base_width=base_width, stride_first=stride_first)
+        if block == "bottleneck"
+        else basic
+    )
     kernel, stride, pool = STEMS[o.stem]
     now = o.channels(channels[0])
     stages: OrderedDict[str, nn.Module] = OrderedDict(stem=o.conv(o.in_chans, now, kernel, stride))
     if pool:
-        stages["pool"] = nn.MaxPool2d(3, stride=2, padding=1)
+        stages["pool"] = pool()
     for stage, (blocks, base) in enumerate(zip(layers, channels, strict=True), start=1):
         out = o.channels(base) * (EXPANSION if block == "bottleneck" else 1)
         for i in range(blocks):
