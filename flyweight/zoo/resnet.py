@@ -37,7 +37,13 @@ def basic(o: Options, in_channels: int, out_channels: int, stride: int) -> "Orde
 
 
 def bottleneck(
-    o: Options, in_channels: int, out_channels: int, stride: int, groups: int, base_width: int, stride_first: bool
+    o: Options,
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    groups: int,
+    base_width: int,
+    stride_first: bool = False,
 ) -> "OrderedDict[str, nn.Module]":
     """1 × 1, (grouped) 3 × 3, 1 × 1 (figure 5, right; ResNeXt, arXiv:1611.05431, figure 3c).
 
