@@ -333,7 +333,7 @@ def test_a_job_starts_from_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = create_model("airbench94", num_classes=4, in_chans=3, width=0.25, size=28)  # for other classes and channels
     weights.write_bytes(net_bytes(net, Preprocess((28, 28), 3, (72.5,) * 3, (90.0,) * 3)))
-    run = flyweight.fit("demo", BUDGET, time="40s", out=tmp_path / "run", pretrained=weights)
+    run = flyweight.fit("demo", "params<=200k", time="40s", out=tmp_path / "run", pretrained=weights)
     records = [json.loads(line) for line in (run.folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     told = [record["message"] for record in records if record["kind"] == "log"]
     assert any("the classifier for 4 classes was dropped" in message for message in told)
