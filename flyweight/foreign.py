@@ -74,8 +74,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         found: Any = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the unpickler raises all kinds on a damaged or a hostile file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FlyweightError(f"{path} cannot be read as weights alone: {reason}") from error
+        remedy = "it is damaged, was not written by torch.save, or holds other things than tensors: use .safetensors"
+        raise FlyweightError(f"{path} cannot be read as weights alone: {remedy}") from error
     for wrapper in WRAPPERS:
         if isinstance(found, dict) and isinstance(found.get(wrapper), dict):
             found = found[wrapper]

@@ -1,6 +1,7 @@
 """The families, one file each, and the way from a name over its Spec to a network.
 
-A file here with `build`, `VARIANTS`, `CANDIDATES`, `WIDTHS`, `REFERENCE` and `initialise` is in every list and test.
+A file here with `build`, `VARIANTS`, `CANDIDATES`, `WIDTHS`, `REFERENCE` and `initialise` is in every list and test;
+`DEFAULTS`, `SIZE` and `NAMES` (what other libraries call its modules) are as needed.
 """
 
 import bisect
