@@ -87,7 +87,12 @@ def fit(
     threads: Annotated[int, typer.Option(help="Cores that the latency is measured on.")] = 1,
     seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
     pretrained: Annotated[
-        Path | None, typer.Option(help="Also try networks that start from the weights in this model.safetensors.")
+        str | None,
+        typer.Option(
+            metavar="auto|none|FILE",
+            help="Also start from weights: of a model.safetensors; auto: cached ones, else downloads at most 60 MB. "
+            "By default cached ones, without the network.",
+        ),
     ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show candidates and plan; train nothing.")] = False,
@@ -222,16 +227,26 @@ def cost(
 
 def _family_arguments(texts: Iterable[str]) -> dict[str, Any]:
     """name=value, the value read as JSON where it is some (0.25, true, [1, 2]) and else as the word that it is."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise UsageError(f"--arg takes name=value, not {text!r}")
-        try:
-            found[name] = json.loads(value)
-        except ValueError:
-            found[name] = value
-    return found
+    return {name: _value(text) for name, text in map(_name_and_text, texts)}
+
+
+def _name_and_text(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise UsageError(f"give name=value, not {text!r}")
+    return name, value
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _values(text: str) -> list[Any]:
+    """The values between commas."""
+    return [_value(each) for each in text.split(",")]
 
 
 @app.command()
@@ -284,6 +299,53 @@ def embed(
     features.write(out, [train, validation, test], source.classes)
     clean = test.chosen(np.flatnonzero(~splits.leaked))
     show_features(out, train.values.shape[1], features.judge(train, validation, clean), as_json)
+
+
+@app.command()
+def sweep(
+    model: Annotated[str | None, typer.Argument(help="A network's name; flyweight models lists them.")] = None,
+    data: Annotated[str | None, typer.Argument(help="Pictures, as for fit.")] = None,
+    vary: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="name=value,value,…: an argument of the network, a field of the recipe, or resolution. "
+            "May be repeated: every combination is trained."
+        ),
+    ] = None,
+    arg: Annotated[list[str] | None, typer.Option(help="name=value that all trainings share; may be repeated.")] = None,
+    seeds: Annotated[int, typer.Option(help="Trainings of each combination.")] = 3,
+    time: Annotated[str | None, typer.Option(help="How long the whole sweep may take; by default 20m.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder; by default runs/sweep-<model>-<time>.")] = None,
+    threads: Annotated[int, typer.Option(help="Cores that the latency is measured on.")] = 1,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted sweep in this folder.")] = None,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a network along a few axes under equal conditions: accuracy with its spread, cost, latency, figures."""
+    from flyweight import sweep as study
+    from flyweight.terminal import Progress, show_sweep
+
+    if resume is not None and (model is not None or vary or arg):
+        raise UsageError("--resume takes neither a model nor what to vary: the sweep knows them")
+    if resume is None and (model is None or data is None):
+        raise UsageError("which network, which pictures? flyweight sweep NAME DATA --vary width=0.25,0.5,1.0")
+    with Progress(quiet=as_json) as progress:
+        try:
+            if resume is not None:
+                result = study.resume(resume, time, progress.listen)
+            else:
+                assert model is not None
+                assert data is not None
+                varied = {name: _values(text) for name, text in map(_name_and_text, vary or ())}
+                fixed = _family_arguments(arg or ())
+                result = study.sweep(
+                    model, data, varied, time or "20m", seeds, fixed, out, threads, skip_corrupt, progress.listen
+                )
+        except Interrupted as stop:
+            _fail(str(stop), stop.exit_code)
+    show_sweep(result, as_json)
 
 
 @app.command()

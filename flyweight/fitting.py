@@ -1,6 +1,5 @@
 """The main job: from labelled pictures and a budget to the classifier that ships."""
 
-import errno
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -10,16 +9,16 @@ from pathlib import Path
 from flyweight import __version__, stages
 from flyweight.data import Source, Splits, absolute, open_source, prepare
 from flyweight.data.split import held_out_count
-from flyweight.errors import FlyweightError, Interrupted, ParityError, UsageError
-from flyweight.job import Job, Stopwatch, check_free, load_job, new_folder, save_job
+from flyweight.errors import ParityError, UsageError
+from flyweight.job import Job, Stopwatch, check_free, guarded, load_job, new_folder, save_job
 from flyweight.records import Listener, Records, read_records
 from flyweight.run import Run
 from flyweight.search.budget import Budget, parse_time
 from flyweight.search.space import Candidate, input_sizes, pretrained_size
 from flyweight.search.strategy import Rung
+from flyweight.search.supply import AUTO, FETCH_SHARE, NONE, suits, supply
 from flyweight.search.survey import cost_all
 from flyweight.train.platform import cores
-from flyweight.weights import load_preprocess, load_spec
 
 
 def fit(
@@ -38,19 +37,21 @@ def fit(
     `data`: a folder of class folders, "cifar10:PATH", "idx:PATH" or "demo". `budget`: limits such as "latency<=2ms,
     size<=500KB" (latency in ms on `threads` cores, sizes in bytes, accuracies as fractions). `time` bounds the whole
     job: seconds or "10m". The run's folder (docs/run-folder.md) is `out`, by default runs/<data>-<time>; `listener` is
-    told of each record as it is made. `pretrained`, a model.safetensors, adds candidates that start from its weights.
+    told of each record as it is made. `pretrained` adds candidates that start from weights: of a model.safetensors, or
+    with "auto" published ones, where none are cached downloaded; "none" adds nothing, and by default those that are
+    cached serve (docs/weights.md).
 
     A budget that no candidate meets is no error here: the nearest is shipped and `Run.met` is false. Raises UsageError
     (a bad budget, a missing path), DataError (the data is refused), ParityError (the export answers otherwise than the
     network).
     """
-    job = _job(data, budget, time, threads, seed, skip_corrupt)
-    if pretrained is not None:
-        job = _starting_from(job, Path(pretrained))
+    job = _job(data, budget, time, threads, seed, skip_corrupt, pretrained)
     if out is not None:
         check_free(Path(out))
     watch = Stopwatch()
-    source, splits = _open(job, listener)
+    source = open_source(job.source)
+    job = _supplied(job, source)
+    splits = _prepared(job, source, listener)
     folder = new_folder(Path(out) if out is not None else None, source.name)
     save_job(folder, job)
     return _guarded(folder, job, source, splits, watch, listener)
@@ -63,18 +64,25 @@ def resume(folder: str | Path, listener: Listener | None = None) -> Run:
         return Run(folder)
     job = load_job(folder)
     watch = Stopwatch(_spent(folder))
-    source, splits = _open(job, listener)
+    source = open_source(job.source)
+    for donor in stages.donors(job):
+        donor.check()
+    splits = _prepared(job, source, listener)
     return _guarded(folder, job, source, splits, watch, listener)
 
 
 @dataclass(frozen=True)
 class Outlook:
-    """What a job would do: all candidates with their fate so far, the order of trying, the rungs and the seconds."""
+    """What a job would do: all candidates with their fate so far, the order of trying, the rungs and the seconds.
+
+    `notes` say what there is to be said of weights to start from.
+    """
 
     pool: list[Candidate]
     order: list[Candidate]
     rungs: list[Rung]
     seconds: dict[str, float]
+    notes: Sequence[str]
 
 
 def outlook(
@@ -84,11 +92,13 @@ def outlook(
     threads: int = 1,
     pretrained: str | Path | None = None,
 ) -> Outlook:
-    """A dry run: costs every candidate exactly and plans the time, without decoding, measuring or training anything."""
-    job = _job(data, budget, time, threads, 0, False)
-    if pretrained is not None:
-        job = _starting_from(job, Path(pretrained))
+    """A dry run: costs every candidate exactly and plans the time, without decoding, measuring or training anything.
+
+    With `pretrained` "auto", weights are downloaded as `fit` does it: what there is decides which candidates there are.
+    """
+    job = _job(data, budget, time, threads, 0, False, pretrained)
     source = open_source(job.source)
+    job = _supplied(job, source)
     pool = stages.pool_of(job, source, _sizes(job, source))
     cost_all(pool, Budget.parse(job.budget))
     order = stages.in_order(job, len(source), [candidate for candidate in pool if candidate.status != "dropped"])
@@ -99,11 +109,17 @@ def outlook(
         "compressing and verifying": stages.reserve(job.seconds, source, held_out, held_out, 1.0),
     }
     seconds["final training"] = job.seconds - sum(seconds.values())
-    return Outlook(pool, order, stages.rungs(len(order), job.seconds), seconds)
+    return Outlook(pool, order, stages.rungs(len(order), job.seconds), seconds, job.notes)
 
 
 def _job(
-    data: str | Path, budget: str | Sequence[str], time: str | float, threads: int, seed: int, skip_corrupt: bool
+    data: str | Path,
+    budget: str | Sequence[str],
+    time: str | float,
+    threads: int,
+    seed: int,
+    skip_corrupt: bool,
+    pretrained: str | Path | None,
 ) -> Job:
     text = budget if isinstance(budget, str) else ", ".join(budget)
     Budget.parse(text)  # a bad budget is told before anything is opened
@@ -111,36 +127,36 @@ def _job(
         raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
     seconds = parse_time(time)
     options = {"budget": text, "time": f"{seconds:g}s", "threads": str(threads), "seed": str(seed)}
+    if pretrained is not None:
+        named = pretrained in (AUTO, NONE)
+        options["pretrained"] = str(pretrained) if named else str(Path(pretrained).absolute())
     words = ["flyweight", "fit", str(data), *(word for key, value in options.items() for word in (f"--{key}", value))]
     command = shlex.join(words + ["--skip-corrupt"] * skip_corrupt)
-    return Job(absolute(data), text, seconds, threads, seed, skip_corrupt, __version__, command)
+    asked = options.get("pretrained")
+    return Job(absolute(data), text, seconds, threads, seed, skip_corrupt, __version__, command, asked)
 
 
-def _starting_from(job: Job, weights: Path) -> Job:
-    """The job with candidates that start from a file's weights. Raises UsageError where they cannot."""
-    load_preprocess(weights)  # what is wrong with the file is told before anything is opened
-    load_spec(weights)
-    path = str(weights.absolute())
-    return replace(job, pretrained=path, command=f"{job.command} --pretrained {shlex.quote(path)}")
+def _supplied(job: Job, source: Source) -> Job:
+    """The job with the weights that its candidates may start from. Raises FlyweightError where a file is none."""
+    budget = Budget.parse(job.budget)
+    found = supply(job.pretrained, lambda spec: suits(spec, source, budget), FETCH_SHARE * job.seconds)
+    told = [f"candidates also start from {donor.told()}" for donor in found.donors]
+    return replace(job, weights=[donor.to_json() for donor in found.donors], notes=(*told, *found.notes))
 
 
-def _open(job: Job, listener: Listener | None) -> tuple[Source, Splits]:
-    source = open_source(job.source)
-
+def _prepared(job: Job, source: Source, listener: Listener | None) -> Splits:
     def progress(done: int, total: int) -> None:
         if listener:
             listener({"kind": "progress", "stage": "decoding", "share": done / total})
 
     sizes = _sizes(job, source)
-    return source, prepare(source, sizes, seed=job.seed, skip_corrupt=job.skip_corrupt, progress=progress)
+    return prepare(source, sizes, seed=job.seed, skip_corrupt=job.skip_corrupt, progress=progress)
 
 
 def _sizes(job: Job, source: Source) -> tuple[int, ...]:
     """The sides at which the pictures are decoded."""
-    sizes = input_sizes(source.size)
-    if job.pretrained:
-        sizes = (*sizes, pretrained_size(load_spec(Path(job.pretrained)), source.size))
-    return sizes
+    own = (pretrained_size(donor.spec(), source.size) for donor in stages.donors(job))
+    return tuple(dict.fromkeys((*input_sizes(source.size), *own)))
 
 
 def _spent(folder: Path) -> float:
@@ -151,17 +167,10 @@ def _spent(folder: Path) -> float:
 def _guarded(
     folder: Path, job: Job, source: Source, splits: Splits, watch: Stopwatch, listener: Listener | None
 ) -> Run:
-    """Carries the job out; a full or read-only disk becomes one sentence."""
-    try:
+    """Carries the job out."""
+    with guarded(folder, f"flyweight fit --resume {shlex.quote(str(folder))}"):
         records = Records(folder, lambda: watch.elapsed, listener)
         return _carry_out(stages.Work(folder, job, Budget.parse(job.budget), source, splits, records, watch))
-    except KeyboardInterrupt:
-        raise Interrupted(f"stopped; go on with: flyweight fit --resume {shlex.quote(str(folder))}") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
-            raise
-        remedy = f"make room, then flyweight fit --resume {folder}"
-        raise FlyweightError(f"{error.filename or folder} cannot be written ({error.strerror}): {remedy}") from error
 
 
 def _carry_out(work: stages.Work) -> Run:

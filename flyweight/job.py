@@ -1,22 +1,24 @@
 """One main job as it was asked for, its folder, and the time it takes."""
 
+import errno
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from flyweight.errors import UsageError
+from flyweight.errors import FlyweightError, Interrupted, UsageError
 
 FILE = "run.json"
 
 
 @dataclass(frozen=True)
 class Job:
-    """What `flyweight fit` was asked to do."""
+    """What `flyweight fit` was asked to do; `weights` are what its candidates start from, `notes` what was said of it."""
 
     source: str
     budget: str
@@ -27,6 +29,8 @@ class Job:
     version: str
     command: str
     pretrained: str | None = None
+    weights: Sequence[Mapping[str, Any]] = ()
+    notes: Sequence[str] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As in run.json."""
@@ -73,6 +77,20 @@ def load_job(folder: Path) -> Job:
         return Job(**values)
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}): start the job anew") from error
+
+
+@contextmanager
+def guarded(folder: Path, again: str) -> Iterator[None]:
+    """Within it an interruption, and a full or read-only disk, become one sentence with the command that goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; go on with: {again}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
+            raise
+        place = error.filename or folder
+        raise FlyweightError(f"{place} cannot be written ({error.strerror}): make room, then {again}") from error
 
 
 class Stopwatch:

@@ -134,6 +134,35 @@ def show_result(run: "Run", as_json: bool) -> None:
     console.print(f"report: {escape(str(run.folder / 'report.html'))}")
 
 
+def show_sweep(result: Mapping[str, Any], as_json: bool) -> None:
+    """A study on stdout: a line for each point, in the order of the varied values."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    rows = [
+        {
+            **{name: str(value) for name, value in row["settings"].items()},
+            "validation": spread(row),
+            "params": row["params"],
+            "macs": row["macs"],
+            "latency": human_ms(row["latency_ms"]),
+            "file": human_bytes(row["file_bytes"]),
+        }
+        for row in result["points"]
+    ]
+    print(f"{result['model']}, {result['epochs']:.3g} epochs each, {result['seconds']:.0f} s in all")
+    print_table(rows)
+    print(f"results and figures: {result['folder']}")
+
+
+def spread(row: Mapping[str, Any]) -> str:
+    """A point's accuracy with the lowest and the highest of its trainings."""
+    if row["val_top1"] is None:
+        return "diverged" if row["diverged"] else "not trained"
+    among = f" ({percent(row['lowest'])} … {percent(row['highest'])}, n = {row['n']})" if row["n"] > 1 else ""
+    return percent(row["val_top1"]) + among
+
+
 def show_outlook(outlook: "Outlook", as_json: bool) -> None:
     """A dry run on stdout: what falls and why, what would be tried, the plan for the time."""
     rungs = [{"candidates": rung.candidates, "seconds": round(rung.seconds, 1)} for rung in outlook.rungs]
@@ -143,6 +172,7 @@ def show_outlook(outlook: "Outlook", as_json: bool) -> None:
             "order": [candidate.name for candidate in outlook.order],
             "rungs": rungs,
             "seconds": outlook.seconds,
+            "notes": list(outlook.notes),
         }
         print(json.dumps(value, indent=2))
         return
@@ -167,6 +197,8 @@ def show_outlook(outlook: "Outlook", as_json: bool) -> None:
     for i, rung in enumerate(rungs, start=1):
         print(f"trial {i}: {rung['candidates']} candidates, {rung['seconds']} s each")
     print("time: " + ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in outlook.seconds.items()))
+    for note in outlook.notes:
+        print(note)
 
 
 def show_cost(name: str, spec: "Spec", counted: "NetCost", per_layer: bool, as_json: bool) -> None:

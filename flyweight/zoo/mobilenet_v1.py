@@ -26,14 +26,17 @@ STEMS = {"imagenet": (2, IMAGENET), "cifar": (1, CIFAR)}
 DEFAULTS = {"act": "relu6"}
 
 
-def build(o: Options) -> Net:
-    """MobileNetV1; the width multiplier is the paper's α, the input's size its ρ."""
+def build(o: Options, separable: bool = True) -> Net:
+    """MobileNetV1; the width multiplier is the paper's α, the input's size its ρ.
+
+    Without `separable` every block is a plain 3 × 3 convolution: the "Conv MobileNet" of the paper's table 4.
+    """
     stride, rows = STEMS[o.stem]
     channels = o.channels(32)
     stages: OrderedDict[str, nn.Module] = OrderedDict(stem=o.conv(o.in_chans, channels, 3, stride))
     for i, (c, s) in enumerate(rows, start=1):
         out = o.channels(c)
-        stages[f"block{i}"] = DepthwiseSeparable(o, channels, out, s)
+        stages[f"block{i}"] = DepthwiseSeparable(o, channels, out, s) if separable else o.conv(channels, out, 3, s)
         channels = out
     return Net(stages, o.classifier(channels))
 

@@ -23,7 +23,9 @@ STAGES = {
 REPEATS = (4, 8, 4)
 
 
-def unit(o: Options, in_channels: int, out_channels: int, groups: int, stride: int, first: bool) -> ShuffleUnit:
+def unit(
+    o: Options, in_channels: int, out_channels: int, groups: int, stride: int, first: bool, shuffle: bool
+) -> ShuffleUnit:
     """A unit of the paper: no ReLU after the depthwise convolution; the network's `first` unit, whose input has too few
     channels for it, does not group its first 1 × 1. The bottleneck has a quarter of the stage's channels."""
     middle = out_channels // 4
@@ -31,7 +33,7 @@ def unit(o: Options, in_channels: int, out_channels: int, groups: int, stride: i
     body: OrderedDict[str, nn.Module] = OrderedDict(
         squeeze=o.conv(in_channels, middle, 1, groups=1 if first else groups)
     )
-    if groups > 1:
+    if shuffle and groups > 1:
         body["shuffle"] = ChannelShuffle(groups)
     body["depthwise"] = o.depthwise(middle, stride=stride, act=False)
     body["expand"] = o.conv(middle, added, 1, groups=groups, act=False)
@@ -39,14 +41,16 @@ def unit(o: Options, in_channels: int, out_channels: int, groups: int, stride: i
     return ShuffleUnit(o, body, stride)
 
 
-def small_unit(o: Options, in_channels: int, out_channels: int, groups: int, stride: int, first: bool) -> ShuffleUnit:
+def small_unit(
+    o: Options, in_channels: int, out_channels: int, groups: int, stride: int, first: bool, shuffle: bool
+) -> ShuffleUnit:
     """A unit of the form for 32 pixels: the bottleneck is a quarter of what is added, a ReLU follows the depthwise
     convolution, and the first unit shuffles by its own one group, that is not at all."""
     added = out_channels - in_channels if stride == 2 else out_channels
     middle = added // 4
     own = 1 if first else groups
     body: OrderedDict[str, nn.Module] = OrderedDict(squeeze=o.conv(in_channels, middle, 1, groups=own))
-    if own > 1:
+    if shuffle and own > 1:
         body["shuffle"] = ChannelShuffle(own)
     body["depthwise"] = o.depthwise(middle, stride=stride)
     body["expand"] = o.conv(middle, added, 1, groups=groups, act=False)
@@ -54,8 +58,8 @@ def small_unit(o: Options, in_channels: int, out_channels: int, groups: int, str
     return ShuffleUnit(o, body, stride)
 
 
-def build(o: Options, groups: int = 3) -> Net:
-    """ShuffleNet; the width multiplier is the paper's s in "ShuffleNet s×".
+def build(o: Options, groups: int = 3, shuffle: bool = True) -> Net:
+    """ShuffleNet; the width multiplier is the paper's s in "ShuffleNet s×", `shuffle=False` its table 3.
 
     `stem` "imagenet": 3 × 3 of stride 2 and a max-pool, or "cifar": 1 × 1, with the units that go with it.
     """
@@ -72,7 +76,8 @@ def build(o: Options, groups: int = 3) -> Net:
         out = o.channels(base, 4 * groups)
         for i in range(repeats):
             first = stage == 2 and i == 0
-            stages[f"stage{stage}_unit{i + 1}"] = make(o, channels, out, groups, stride=2 if i == 0 else 1, first=first)
+            stride = 2 if i == 0 else 1
+            stages[f"stage{stage}_unit{i + 1}"] = make(o, channels, out, groups, stride, first, shuffle)
             channels = out
     return Net(stages, o.classifier(channels))
 
