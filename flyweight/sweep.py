@@ -5,8 +5,6 @@ whole sweep end in its time, by each point's measured pace. Accuracy is that on 
 pictures stay unseen.
 """
 
-import csv
-import io
 import json
 import re
 import shlex
@@ -30,7 +28,7 @@ from flyweight.job import Stopwatch, check_free, guarded, new_folder
 from flyweight.net import Spec
 from flyweight.preprocess import Preprocess
 from flyweight.records import Listener, Records, read_records
-from flyweight.report.curves import draw
+from flyweight.report.study import write_study
 from flyweight.search.budget import parse_time
 from flyweight.search.space import FROM_SCRATCH, SMALL, Candidate, estimate_cost
 from flyweight.search.survey import measure
@@ -57,7 +55,7 @@ Settings = dict[str, Any]
 @dataclass(frozen=True)
 class Study:
     """What `flyweight sweep` was asked to do. `vary` and `fixed` name arguments of the network, fields of Recipe, or
-    "resolution"."""
+    "resolution". With `epochs` there is no limit of time."""
 
     model: str
     source: str
@@ -65,6 +63,7 @@ class Study:
     fixed: Mapping[str, Any]
     seeds: int
     seconds: float
+    epochs: float | None
     threads: int
     skip_corrupt: bool
     version: str
@@ -93,12 +92,14 @@ def sweep(
     time: str | float = "20m",
     seeds: int = 3,
     fixed: Mapping[str, Any] | None = None,
+    epochs: float | None = None,
     out: str | Path | None = None,
     threads: int = 1,
     skip_corrupt: bool = False,
     listener: Listener | None = None,
 ) -> dict[str, Any]:
-    """Trains `model` at every combination of the values in `vary`, with `seeds` seeds each, within `time` in all.
+    """Trains `model` at every combination of the values in `vary`, with `seeds` seeds each, within `time` in
+    all, or with `epochs` for as many epochs each, however long that takes.
 
     `vary` and `fixed` name arguments of the network (`squeeze_ratio`, `width`, `se` …), fields of
     `flyweight.train.recipe.Recipe` (`label_smoothing` …) or `resolution`. Returns what stands in results.json, as
@@ -108,10 +109,12 @@ def sweep(
         raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, not {seeds}")
+    if epochs is not None and epochs <= 0:
+        raise UsageError(f"--epochs must be above 0, not {epochs:g}")
     fixed = dict(fixed or {})
     _check_names(vary, fixed)
-    seconds = parse_time(time)
-    study = Study(model, absolute(data), dict(vary), fixed, seeds, seconds, threads, skip_corrupt, __version__, "")
+    source, seconds = absolute(data), parse_time(time)
+    study = Study(model, source, dict(vary), fixed, seeds, seconds, epochs, threads, skip_corrupt, __version__, "")
     study = replace(study, command=_command(study))
     if out is not None:
         check_free(Path(out))
@@ -131,7 +134,7 @@ def resume(folder: str | Path, time: str | float | None = None, listener: Listen
     except (ValueError, TypeError) as error:
         raise UsageError(f"{path} is damaged ({error}): start the sweep anew") from error
     if time is not None:
-        study = replace(study, seconds=parse_time(time))
+        study = replace(study, seconds=parse_time(time), epochs=None)
     return _carry_out(Path(folder), study, listener)
 
 
@@ -151,7 +154,8 @@ def _command(study: Study) -> str:
         words += ["--vary", f"{name}={','.join(map(_written, values))}"]
     for name, value in study.fixed.items():
         words += ["--arg", f"{name}={_written(value)}"]
-    words += ["--seeds", str(study.seeds), "--time", f"{study.seconds:g}s", "--threads", str(study.threads)]
+    limit = ["--epochs", f"{study.epochs:g}"] if study.epochs else ["--time", f"{study.seconds:g}s"]
+    words += ["--seeds", str(study.seeds), *limit, "--threads", str(study.threads)]
     return shlex.join(words + ["--skip-corrupt"] * study.skip_corrupt)
 
 
@@ -166,15 +170,16 @@ def _carry_out(folder: Path, study: Study, listener: Listener | None) -> dict[st
         source, points = _points(study)
         sizes = sorted({point.spec.input[1] for point in points})
         splits = prepare(source, sizes, skip_corrupt=study.skip_corrupt)
-        course = _Course(study, folder, splits, Records(folder, lambda: watch.elapsed, listener), watch)
-        write_json(folder / "environment.json", environment(study.threads))
+        records, machine = Records(folder, lambda: watch.elapsed, listener), environment(study.threads)
+        write_json(folder / "environment.json", machine)
+        course = _Course(study, folder, splits, records, watch, machine)
         for point in points:
             course.survey(point)
         epochs = course.plan(points)
         for seed in range(study.seeds):
             for point in points:
                 course.run(point, seed, epochs)
-        return finish(folder, study, course.records, points)
+        return course.finish(points)
 
 
 def _points(study: Study) -> tuple[Source, list[Point]]:
@@ -231,6 +236,7 @@ class _Course:
     splits: Splits
     records: Records
     watch: Stopwatch
+    machine: dict[str, Any]
     mode: str | None = None
 
     def survey(self, point: Point) -> None:
@@ -253,14 +259,14 @@ class _Course:
         if record is not None:
             self.mode = record["mode"]
             return record["epochs"]
-        watched = PACE_SHARE * self.study.seconds / len(points)
-        for point in points:
-            if self.records.find("pace", name=point.name) is None:
+        watched = 0.0 if self.study.epochs else PACE_SHARE * self.study.seconds / len(points)
+        for point in points[:1] if self.study.epochs else points:  # the first one's precision is that of all
+            if self._paced(point) is None:
                 self._pace(point, min(PACE_LONGEST, max(PACE_SHORTEST, watched)))
-        paces = [self._paced(point) for point in points]
+        paces = [pace for pace in map(self._paced, points) if pace]
         left = PLANNED * self.study.seconds - self.watch.elapsed
-        epochs = affordable_epochs([pace for pace in paces if pace], self.study.seeds, left)
-        self.mode = next((pace["mode"] for pace in paces if pace), None)
+        epochs = self.study.epochs or affordable_epochs(paces, self.study.seeds, left)
+        self.mode = next((pace["mode"] for pace in paces), None)
         self.records.write("plan", epochs=epochs, mode=self.mode)
         count = len(points) * self.study.seeds
         self.records.say(f"{count} trainings of {epochs:.3g} epochs each, all computed in {self.mode}")
@@ -294,7 +300,7 @@ class _Course:
             return
         pace = self._paced(point)
         needed = training_seconds(pace, epochs) if pace else 0.0
-        if self.watch.elapsed + needed > self.study.seconds * (2 - PLANNED):
+        if not self.study.epochs and self.watch.elapsed + needed > self.study.seconds * (2 - PLANNED):
             self.records.write("skipped", name=point.name, seed=seed, seconds=round(needed, 1))
             return
         job = self._training(point, seed, Clock(epochs=epochs), self.mode)
@@ -336,6 +342,37 @@ class _Course:
         train_split = self.splits.train
         return train_split.batch(point.spec.input[1], calibration_sample(len(train_split), 0, count))
 
+    def finish(self, points: Sequence[Point]) -> dict[str, Any]:
+        """Writes what came of it; tells what is missing."""
+        study, folder, records = self.study, self.folder, self.records
+        plan = records.find("plan")
+        assert plan is not None
+        rows = [_row(point, [run for run in records.all("run") if run["name"] == point.name]) for point in points]
+        count = len(points) * study.seeds
+        missing = count - sum(row["n"] + row["diverged"] for row in rows)
+        result = {
+            **asdict(study),
+            "planned": plan["epochs"],
+            "precision": plan["mode"],
+            "train": len(self.splits.train),
+            "validation": len(self.splits.validation),
+            "processor": self.machine["processor"],
+            "cores": self.machine["cores"],
+            "seconds": round(self.watch.elapsed, 1),
+            "missing": missing,
+            "points": rows,
+        }
+        write_json(folder / "results.json", result)
+        write_study(folder, result)
+        shutil.rmtree(folder / "state", ignore_errors=True)
+        if missing:
+            raise FlyweightError(
+                f"the time ended before {missing} of {count} trainings: the machine was slower than when it was "
+                f"measured. What is finished stands in {folder}; the rest: flyweight sweep --resume "
+                f"{shlex.quote(str(folder))} --time with more than {study.seconds:g}s"
+            )
+        return {**result, "folder": str(folder)}
+
 
 def _file_name(name: str) -> str:
     return re.sub("[^A-Za-z0-9.=]+", "-", name)
@@ -359,38 +396,6 @@ def affordable_epochs(paces: Sequence[Mapping[str, Any]], seeds: int, seconds: f
     return epochs
 
 
-def finish(folder: Path, study: Study, records: Records, points: Sequence[Point]) -> dict[str, Any]:
-    """Writes results.json, results.csv and the figures; tells what was skipped."""
-    plan = records.find("plan")
-    assert plan is not None
-    rows = [_row(point, [run for run in records.all("run") if run["name"] == point.name]) for point in points]
-    missing = len(points) * study.seeds - sum(row["n"] + row["diverged"] for row in rows)
-    result = {
-        "model": study.model,
-        "data": study.source,
-        "command": study.command,
-        "version": study.version,
-        "vary": dict(study.vary),
-        "fixed": dict(study.fixed),
-        "epochs": plan["epochs"],
-        "precision": plan["mode"],
-        "seconds": round(max(float(record["at"]) for record in records.past), 1),
-        "missing": missing,
-        "points": rows,
-    }
-    write_json(folder / "results.json", result)
-    (folder / "results.csv").write_text(_table(rows), encoding="utf-8")
-    draw(folder, result)
-    shutil.rmtree(folder / "state", ignore_errors=True)
-    if missing:
-        raise FlyweightError(
-            f"the time ended before {missing} of {len(points) * study.seeds} trainings: the machine was slower than "
-            f"when it was measured. What is finished stands in {folder}; the rest: flyweight sweep --resume "
-            f"{shlex.quote(str(folder))} --time with more than {study.seconds:g}s"
-        )
-    return {**result, "folder": str(folder)}
-
-
 def _row(point: Point, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """A point with the accuracies of its trainings, by seed; those that diverged have none."""
     scores = [run["val_top1"] for run in sorted(runs, key=lambda run: run["seed"]) if run["val_top1"] is not None]
@@ -398,14 +403,3 @@ def _row(point: Point, runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     empty = {"val_top1": None, "lowest": None, "highest": None}
     counts = {"n": len(scores), "diverged": len(runs) - len(scores), "each": scores}
     return {"name": point.name, "settings": point.settings, **point.facts, **empty, **spread, **counts}
-
-
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The points as CSV, a column for each varied value and each figure."""
-    text = io.StringIO()
-    keys = [key for key in rows[0] if key not in ("name", "settings", "each")]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*rows[0]["settings"], *keys])
-    for row in rows:
-        writer.writerow([*row["settings"].values(), *(row[key] for key in keys)])
-    return text.getvalue()

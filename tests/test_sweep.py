@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from flyweight.cli import _value, _values
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.records import read_records
 from flyweight.report.curves import draw
+from flyweight.sweep import RECIPE, affordable_epochs, points_of, resume, sweep, training_seconds
 from flyweight.sweep import Study as Asked
-from flyweight.sweep import affordable_epochs, points_of, resume, sweep, training_seconds
 
 VARY = {"squeeze_ratio": [0.25, 0.5], "bypass": ["none", "simple"]}
 
@@ -24,7 +25,7 @@ VARY = {"squeeze_ratio": [0.25, 0.5], "bypass": ["none", "simple"]}
 def study(**changes: Any) -> Asked:
     values = {
         "model": "squeezenet1_1", "source": "demo", "vary": VARY, "fixed": {}, "seeds": 1, "seconds": 60.0,
-        "threads": 1, "skip_corrupt": False, "version": "0", "command": "",
+        "epochs": None, "threads": 1, "skip_corrupt": False, "version": "0", "command": "",
     }  # fmt: skip
     return Asked(**{**values, **changes})
 
@@ -83,7 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep that was killed by SIGKILL after its first training, and then taken up again."""
     out = tmp_path_factory.mktemp("sweep") / "out"
     words = ["squeezenet1_1", "demo", "--vary", "squeeze_ratio=0.25,0.5", "--arg", "width=0.125", "--seeds", "2"]
-    command = [sys.executable, "-m", "flyweight", "sweep", *words, "--time", "16s", "--out", str(out)]
+    command = [sys.executable, "-m", "flyweight", "sweep", *words, "--epochs", "0.4", "--out", str(out)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     while not _runs(out):
         assert process.poll() is None, "the sweep ended before its first training was recorded"
@@ -92,7 +93,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     process.wait()
     assert len(_runs(out)) < 4
     (out / "before.json").write_text(json.dumps(_runs(out)))
-    resume(out, time=600)
+    resume(out)
     return out
 
 
@@ -150,3 +151,26 @@ def test_a_sweep_whose_time_is_over_says_what_is_missing(finished: Path) -> None
 def test_a_folder_without_a_sweep_is_told(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no sweep"):
         resume(tmp_path)
+
+
+RECIPES = Path(__file__).parents[1] / "examples" / "studies.sh"
+STUDIES = [line.split(")")[0] for line in RECIPES.read_text().splitlines() if ") " in line and " run " in line]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_recipe_can_be_built(name: str, tmp_path: Path) -> None:
+    """The script's own line, run with a flyweight that writes down what it was given."""
+    fake = tmp_path / "flyweight"
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    fake.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["sh", str(RECIPES), name, "demo", "--time", "1m"]
+    words = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split("\n")[:-1]
+    assert words[0] == "sweep"
+    assert words[2] == "demo"
+    assert words[-2:] == ["--time", "1m"]
+    options = list(zip(words[3:-2:2], words[4:-2:2], strict=True))
+    vary = {key: _values(text) for flag, each in options if flag == "--vary" for key, text in [each.split("=")]}
+    fixed = {key: _value(text) for flag, each in options if flag == "--arg" for key, text in [each.split("=")]}
+    points = points_of(study(model=words[1], vary=vary, fixed=fixed), (32, 32), 3, 10)
+    assert len({json.dumps(point.facts) for point in points}) > 1 or set(vary) <= RECIPE

@@ -30,7 +30,7 @@ def draw(folder: Path, result: Mapping[str, Any]) -> None:
     if not rows:
         return
     names = list(result["vary"])
-    title = f"{result['model']}, {result['epochs']:.3g} epochs; bars from the lowest to the highest of {most(rows)}"
+    title = f"{result['model']}, {result['planned']:.3g} epochs; bars from the lowest to the highest of {most(rows)}"
     figure, panels = _figure(len(names), title)
     for axes, name in zip(panels, names, strict=True):
         _along(axes, rows, name)
