@@ -55,6 +55,7 @@ MACS: dict[type[nn.Module], MacRule] = {
     ops.Mul: _none,
     ops.Scale: _none,
     ops.Cat: _none,
+    ops.Resize: _none,
     ops.Part: _none,
     ops.PadChannels: _none,
     ops.ChannelShuffle: _none,
@@ -179,7 +180,7 @@ def _layer(graph: Graph, node: Node) -> LayerCost:
     weights, biases = _deployed(leaf)
     # What works in place, or vanishes, is done while the layer before it writes: nothing moves again.
     moves = not _in_place(graph, node)
-    read = sum(_size(graph.shapes[name]) for name in node.inputs) if moves else 0
+    read = sum(_size(graph.shapes[name]) for name in node.read) if moves else 0
     values = _size(node.shape) if moves else 0
     field = graph.fields[node.name].size
     return LayerCost(node.path, type(leaf).__name__, node.shape, params, macs, values, read, weights, biases, field)
@@ -207,7 +208,7 @@ def peak_values(graph: Graph) -> int:
         buffer[node.name] = buffer[node.inputs[0]] if _in_place(graph, node) else node.name
     last = {buffer[name]: len(graph.nodes) for name in graph.outputs}
     for i, node in enumerate(graph.nodes):
-        for name in node.inputs:
+        for name in node.read:
             last[buffer[name]] = max(i, last.get(buffer[name], i))
     alive, peak = {INPUT}, _size(graph.input_shape)
     for i, node in enumerate(graph.nodes):

@@ -27,6 +27,11 @@ class Node:
     inputs: tuple[str, ...]
     shape: Shape
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The inputs whose values are read: all but the one that gives a resized map its size."""
+        return self.inputs[:1] if isinstance(self.leaf, ops.Resize) else self.inputs
+
 
 @dataclass(frozen=True)
 class Field:
@@ -62,7 +67,7 @@ class Graph:
         """Node name → the nodes that read its output."""
         found: dict[str, list[Node]] = {name: [] for name in self.shapes}
         for node in self.nodes:
-            for name in node.inputs:
+            for name in node.read:
                 found[name].append(node)
         return found
 
@@ -77,6 +82,9 @@ class Graph:
             before = [found[name] for name in node.inputs]
             if isinstance(node.leaf, ops.Mul):
                 before = before[:1]
+            elif isinstance(node.leaf, ops.Resize):  # between two positions, on the grid of what it follows
+                height, width = (side + before[0].stride for side in before[0].size)
+                before = [Field(before[1].stride, (height, width))]
             sizes = [max(field.size[axis] for field in before) for axis in (0, 1)]
             found[node.name] = before[0].through(node.leaf, (sizes[0], sizes[1]))
         return found
@@ -219,6 +227,10 @@ def _concatenated(leaf: ops.Cat, *shapes: Shape) -> Shape:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
+def _resized(leaf: ops.Resize, shape: Shape, like: Shape) -> Shape:
+    return (shape[0], *like[1:])
+
+
 def _part(leaf: ops.Part, shape: Shape) -> Shape:
     size = -(-shape[0] // leaf.parts)
     return (min(size, shape[0] - leaf.index * size), *shape[1:])
@@ -259,6 +271,7 @@ SHAPES: dict[type[nn.Module], Callable[..., Shape]] = {
     ops.Mul: _same,
     ops.Scale: _same,
     ops.Cat: _concatenated,
+    ops.Resize: _resized,
     ops.Part: _part,
     ops.PadChannels: _padded,
     ops.ChannelShuffle: _shuffled,

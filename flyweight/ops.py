@@ -43,6 +43,16 @@ class Cat(nn.Module):
         return torch.cat(xs, dim=1)
 
 
+class Resize(nn.Module):
+    """[N, C, h, w] → [N, C, H, W], bilinear, to the height and width of `like`, whose values are not read.
+
+    Pixels are areas: corners are not aligned. A map of one position is repeated.
+    """
+
+    def forward(self, x: Tensor, like: Tensor) -> Tensor:
+        return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
 class Part(nn.Module):
     """The `index`-th of `parts` equal ranges of channels."""
 

@@ -7,9 +7,9 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
-    "ops", "graph", "initialise", "blocks", "net", "adapt", "zoo", "fold", "costs", "weights", "transfer", "foreign",
-    "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench", "compress", "search",
-    "stages", "fitting", "cli",
+    "ops", "graph", "channels", "initialise", "blocks", "net", "heads", "adapt", "zoo", "fold", "costs", "weights",
+    "transfer", "foreign", "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench",
+    "compress", "evaluation", "search", "stages", "fitting", "training", "sweep", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}
@@ -24,8 +24,8 @@ ALLOWED = {
     "preprocess": {"data", "errors"},
     "mistakes": {"data"},
     "run": {"bench", "data", "errors", "preprocess"},
-    "ship": {"net", "preprocess", "train", "units", "weights"},
-    "terminal": {"units", "costs", "fitting", "net", "run", "tables"},
+    "ship": {"net", "preprocess", "timm_models", "train", "units", "weights"},
+    "terminal": {"units", "costs", "fitting", "net", "report", "run", "tables"},
 }
 TAKES_ANY_NET = ["graph", "fold", "export", "bench"]
 

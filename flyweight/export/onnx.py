@@ -147,6 +147,15 @@ def _part(w: Writer, leaf: ops.Part, node: Node, inputs: list[str]) -> str:
     return w.add("Slice", *inputs, *(w.constant(np.array([value], np.int64)) for value in ends))
 
 
+def _resize(w: Writer, leaf: ops.Resize, node: Node, inputs: list[str]) -> str:
+    """Factors a hair above the ratios of the sizes, since ONNX rounds their products down."""
+    ratios = [1, 1, *(new / old for new, old in zip(node.shape[1:], _shape(w, node)[1:], strict=True))]
+    factors = np.nextafter(np.array(ratios, np.float32), np.array([1, 1, np.inf, np.inf], np.float32))
+    return w.add(
+        "Resize", inputs[0], "", w.constant(factors), mode="linear", coordinate_transformation_mode="half_pixel"
+    )
+
+
 def _pad_channels(w: Writer, leaf: ops.PadChannels, node: Node, inputs: list[str]) -> str:
     return w.add("Pad", *inputs, w.constant(np.array([0, leaf.before, 0, 0, 0, leaf.after, 0, 0], np.int64)))
 
@@ -184,6 +193,7 @@ RULES: dict[type[nn.Module], Rule] = {
     ops.Mul: _op("Mul"),
     ops.Scale: lambda w, leaf, node, inputs: w.add("Mul", *inputs, w.constant(np.float32(leaf.factor))),
     ops.Cat: _op("Concat", axis=1),
+    ops.Resize: _resize,
     ops.Part: _part,
     ops.PadChannels: _pad_channels,
     ops.ChannelShuffle: _shuffle,
@@ -219,7 +229,8 @@ def _normalise(w: Writer, preprocess: Preprocess) -> str:
 def export(net: nn.Module, preprocess: Preprocess, classes: Sequence[str], temperature: float = 1.0) -> onnx.ModelProto:
     """The network (batch normalisation folded) as an ONNX model.
 
-    Input `image` uint8 [N, H, W, C]; output `probabilities` float32 [N, classes] = softmax(logits / temperature).
+    Input `image` uint8 [N, H, W, C]; output `probabilities` float32 [N, classes] = softmax(logits / temperature),
+    for a network that answers for each position [N, classes, H, W].
     Raises GraphError for a leaf class without a rule.
     """
     height, width = preprocess.size
@@ -232,7 +243,7 @@ def export(net: nn.Module, preprocess: Preprocess, classes: Sequence[str], tempe
     scaled = w.add("Mul", names[graph.outputs[0]], w.constant(np.float32(1 / temperature)))
     w.add("Softmax", scaled, output="probabilities", axis=1)
     image = helper.make_tensor_value_info("image", TensorProto.UINT8, ["N", height, width, preprocess.channels])
-    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", len(classes)])
+    output = helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, ["N", *graph.shapes[graph.outputs[0]]])
     body = helper.make_graph(w.nodes, "flyweight", [image], [output], w.constants)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
     model.producer_name = "flyweight"
