@@ -9,6 +9,7 @@ from typing import Any
 from flyweight import __version__
 from flyweight.net import Net
 from flyweight.preprocess import Preprocess
+from flyweight.timm_models import config
 from flyweight.train.checkpoint import write_atomically
 from flyweight.units import budget_value
 from flyweight.weights import net_bytes
@@ -31,26 +32,16 @@ for path in sys.argv[1:]:
 
 
 def write_network(folder: Path, net: Net, name: str, preprocess: Preprocess, classes: tuple[str, ...]) -> None:
-    """Writes model.safetensors and config.json, in the keys that timm reads."""
-    write_atomically(folder / "model.safetensors", net_bytes(net, preprocess))
-    size = [preprocess.channels, *preprocess.size]
-    config = {
-        "architecture": name,
-        "num_classes": len(classes),
+    """Writes model.safetensors and config.json, by which timm loads it (`timm_models.config`); `name` is for people."""
+    write_atomically(folder / "model.safetensors", net_bytes(net, preprocess, classes))
+    more = {
+        "name": name,
         "label_names": list(classes),
-        "pretrained_cfg": {
-            "input_size": size,
-            "mean": [round(m / 255, 6) for m in preprocess.mean],
-            "std": [round(s / 255, 6) for s in preprocess.std],
-            "interpolation": "bilinear",
-            "crop_pct": 1.0,
-            "crop_mode": "squash",
-        },
         "preprocess": preprocess.to_json(),
         "spec": net.spec.to_json(),
         "flyweight": __version__,
     }
-    write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config(net, preprocess) | more)
 
 
 def write_model(folder: Path, model: bytes, precision: str) -> dict[str, Any]:
@@ -105,7 +96,21 @@ Licence of the data: {data["licence"]}
 - File: {shipped["size_bytes"]} bytes; parameters {winner["params"]}; multiply-accumulates {winner["macs"]}
 
 ## Training
-From random weights, so no licence of inherited weights applies. Seed {result["seed"]}; the whole job took
-{result["seconds"]["total"]:.0f} s. Details: `report.html`, `records.jsonl`.
+{_origin(winner["weights"])}
+Seed {result["seed"]}; the whole job took {result["seconds"]["total"]:.0f} s. Details: `report.html`, `records.jsonl`.
 """
     write_atomically(folder / "MODEL_CARD.md", text.encode())
+
+
+def _origin(weights: Mapping[str, Any] | None) -> str:
+    """Which weights the network started from, and whose licence it inherits with them."""
+    if weights is None:
+        return "From random weights, so no licence of inherited weights applies."
+    file = f"file {Path(weights['path']).name}, sha256 {weights['sha256']}"
+    if weights["library"] is None:
+        return f"Fine-tuned from the weights {weights['name']} ({file}).\nLicence of these weights: not known."
+    licence = weights["licence"] or f"not stated by {weights['library']}"
+    return (
+        f"Fine-tuned from {weights['library']}'s weights {weights['name']} ({weights['address']}, {file}).\n"
+        f"Licence of these weights: {licence}."
+    )

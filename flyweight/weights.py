@@ -1,7 +1,7 @@
 """A network as a file: `model.safetensors`, with the Spec that rebuilds it in the metadata."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,12 +14,14 @@ from flyweight.preprocess import Preprocess
 from flyweight.zoo import build
 
 
-def net_bytes(net: Net, preprocess: Preprocess | None = None) -> bytes:
-    """The network's tensors, its Spec, and how its pictures are made ready, as the bytes of a safetensors file."""
+def net_bytes(net: Net, preprocess: Preprocess | None = None, classes: Sequence[str] = ()) -> bytes:
+    """The network's tensors, its Spec, how its pictures are made ready, and its classes, as a safetensors file."""
     tensors = {name: t.detach().contiguous() for name, t in net.state_dict().items()}
     metadata = {"format": "pt", "spec": json.dumps(net.spec.to_json())}
     if preprocess is not None:
         metadata["preprocess"] = json.dumps(preprocess.to_json())
+    if classes:
+        metadata["classes"] = json.dumps(list(classes))
     return save(tensors, metadata)
 
 
@@ -68,6 +70,12 @@ def _fill(net: Net, tensors: Mapping[str, Tensor], path: Path) -> None:
             here, there = _told(ours), _told(theirs)
             raise UsageError(f"{path} does not fit this network: {name} is {there} there and {here} here")
     net.load_state_dict(tensors, strict=True)
+
+
+def stored_spec(path: Path) -> Spec | None:
+    """The Spec of the network in a file, or None where it states none. Raises UsageError where there is no file."""
+    metadata = read_tensors(path)[1]
+    return _spec(metadata, path) if "spec" in metadata else None
 
 
 def load_spec(path: Path) -> Spec:

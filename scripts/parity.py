@@ -1,16 +1,20 @@
 """Renews docs/parity.md and tests/golden/foreign.json: the same weights give the same answers here and elsewhere.
 
 For each network that another library has too, with random weights and statistics in float64: its tensors into ours,
-and ours into it, strictly by name; then the largest difference of the answers, auxiliary heads included.
+and ours into it, strictly by name; then the largest difference of the answers, auxiliary heads included. And timm's
+answers beside ours, in float32, for the folders that it loads by its "local-dir:".
 
 Needs an environment with the other libraries and flyweight's own dependencies:
 pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 pytorchcv==0.0.74 pretrainedmodels==0.7.4 safetensors
-Run: python -m scripts.parity, or python -m scripts.parity NAME … to compare some and write nothing.
+Run: python -m scripts.parity, or python -m scripts.parity NAME … to compare some and write nothing;
+python -m scripts.parity folders for the folders alone, whose table is in docs/timm.md.
 """
 
 # pyright: reportMissingImports=false
 import hashlib
+import json
 import sys
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -23,24 +27,35 @@ import timm
 import torch
 import torchvision
 from pytorchcv.model_provider import get_model
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from flyweight import foreign
 from flyweight.create import create_model
-from flyweight.net import Net
+from flyweight.net import Net, Spec
+from flyweight.preprocess import Preprocess
+from flyweight.ship import write_network
+from flyweight.timm_models import NATIVE, native_config, register
+from flyweight.weights import load_net
+from flyweight.zoo import build, list_models, spec_of
 from scripts.references import ROWS, document
 
 ROOT = Path(__file__).parents[1]
 GOLDEN, PAGE = ROOT / "tests" / "golden" / "foreign.json", ROOT / "docs" / "parity.md"
 # Library → its package. Cadene's is the older one that many weights are published for.
 PACKAGES = {"torchvision": "torchvision", "timm": "timm", "cadene": "pretrainedmodels", "pytorchcv": "pytorchcv"}
+TIMM_PAGE = ROOT / "docs" / "timm.md"
+MARK = "<!-- table: written by `python -m scripts.parity folders` -->\n"
+MARK_END = "<!-- end of table -->\n"
 LIMIT = 1e-10
 SIZE = 128
+FOLDER_LIMIT = 1e-5  # float32, as a part of the largest answer where that is above 1
 # What computes something else although most names and shapes agree, so that its weights are not taken.
 OTHERS = {
     "pytorchcv mobilenetv2b_w1": "its classifier has no bias",
     "timm mobilenetv3_*_075": "its widths are rounded at other places",
-    "pytorchcv shufflenet_g*": "concatenates the pooled input behind the branch, ours before it",
+    "pytorchcv shufflenet_g*": "concatenates the pooled input behind the branch, ours before it: the channels "
+    "of a grouped convolution are others, so no order of the weights makes them agree (without groups, one would)",
     "pytorchcv shufflenetv2*": "its first pool reads other windows: not padded, rounded up",
     "pytorchcv seresnet18": "squeezes 64 channels to 4, ours to 8",
     "pytorchcv seresnet20_cifar10": "squeezes 16 channels to 1, ours to 8",
@@ -183,6 +198,67 @@ def side(pair: Pair) -> int:
     return pair.net().spec.input[1] if native else SIZE
 
 
+# Beside all variants: forms that none of them has.
+FORMS: list[tuple[str, dict[str, Any]]] = [
+    ("mobilenet_v1_cifar", {"in_chans": 1, "size": 28, "norm": "group", "act": "silu"}),
+    ("mobilenet_v3_small", {"padding": "same", "eps": 1e-5}),
+    ("resnet18", {"stem": "cifar", "se": 0.25, "drop_rate": 0.1}),
+    ("googlenet", {"aux": False}),
+    ("squeezenet1_1", {"bypass": "simple", "size": (96, 128)}),
+]
+
+
+def folders(wanted: list[str]) -> list[str]:
+    """The rows of a table: exported folders in timm alone, then folders that runs leave, in timm with our networks."""
+    rows: list[str] = []
+    exported = [(ours, args, theirs) for ours, args, theirs in NATIVE if not wanted or ours in wanted]
+    for ours, args, theirs in exported:
+        rows.append(f"| {ours}{told(args)} | {theirs} | {exported_folder(spec_of(ours, **args, num_classes=7)):.1e} |")
+        print(rows[-1], flush=True)
+    register()
+    for ours, args in [*((name, {"width": 0.25}) for name in list_models()), *FORMS]:
+        if not wanted or ours in wanted:
+            architecture, difference = run_folder(spec_of(ours, **args, num_classes=7))
+            rows.append(f"| {ours}{told(args)} | {architecture} | {difference:.1e} |")
+            print(rows[-1], flush=True)
+    return rows
+
+
+def exported_folder(spec: Spec) -> float:
+    """The difference of answers for a folder as `flyweight weights export --to timm` writes it."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, net = Path(name), build(spec).eval()
+        randomise(net, 3)
+        (folder / "model.safetensors").write_bytes(save(foreign.give(net, "timm"), {"format": "pt"}))
+        (folder / "config.json").write_text(json.dumps(native_config(net)), encoding="utf-8")
+        return answers_differ(net, folder)
+
+
+def run_folder(spec: Spec) -> tuple[str, float]:
+    """The architecture in the config.json that a run writes, and the difference of answers."""
+    channels, *size = spec.input
+    with tempfile.TemporaryDirectory() as name:
+        folder, net = Path(name), build(spec)
+        randomise(net, 3)
+        preprocess = Preprocess((size[0], size[1]), channels, (120.0,) * channels, (60.0,) * channels)
+        write_network(folder, net, "a name for people", preprocess, tuple("abcdefg"))
+        architecture = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+        return architecture, answers_differ(load_net(folder / "model.safetensors"), folder)
+
+
+@torch.no_grad()
+def answers_differ(net: Net, folder: Path) -> float:
+    """The largest difference between a network's float32 answers and those of timm's from a folder."""
+    theirs = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    pictures = torch.randn(2, *net.spec.input)
+    ours, others = net(pictures.clone()), theirs(pictures.clone())
+    largest = ours.abs().max().item()
+    difference = (ours - others).abs().max().item() / max(1.0, largest)
+    assert (ours[0] - ours[1]).abs().max() > 1e-3 * largest > 0, f"{net.spec} answers the same to any picture"
+    assert difference < FOLDER_LIMIT, f"{net.spec} in timm: {difference:.2g}"
+    return difference
+
+
 def told(args: Mapping[str, Any]) -> str:
     return "".join(f", {name}={value}" for name, value in args.items())
 
@@ -220,8 +296,20 @@ These have most names and shapes in common with ours, but compute something else
 """
 
 
+def write_folders(rows: list[str]) -> None:
+    """Puts the folders' table into docs/timm.md."""
+    before, _, rest = TIMM_PAGE.read_text(encoding="utf-8").partition(MARK)
+    after = rest.partition(MARK_END)[2]
+    table = "\n".join(["| network | timm's architecture | largest difference |", "|---|---|---:|", *rows])
+    TIMM_PAGE.write_text(f"{before}{MARK}{table}\n{MARK_END}{after}", encoding="utf-8")
+    print(f"wrote {TIMM_PAGE}")
+
+
 def main(wanted: list[str]) -> None:
     """Compares all, or those of the wanted names."""
+    if wanted == ["folders"]:
+        write_folders(folders([]))
+        return
     rows, worst = [], 0.0
     for pair in PAIRS:
         if wanted and pair.ours not in wanted:

@@ -24,7 +24,8 @@ from flyweight.create import create_model
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.net import Net
 from flyweight.preprocess import Preprocess
-from flyweight.weights import load_net, load_preprocess, read_tensors
+from flyweight.timm_models import native_config
+from flyweight.weights import load_net, load_preprocess, net_bytes, read_tensors
 from flyweight.zoo import families, spec_of, structure
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -204,6 +205,26 @@ def test_the_command_line_imports_and_exports(tensors: Tensors, tmp_path: Path) 
     again = run(*words)
     assert again.returncode == 2
     assert "exists already" in again.stderr
+
+
+def test_an_export_to_timm_describes_the_network_where_timm_has_it(tmp_path: Path) -> None:
+    file, folder = tmp_path / "ours.safetensors", tmp_path / "folder"
+    folder.mkdir()
+    net = create_model("mobilenet_v1", num_classes=3)
+    file.write_bytes(net_bytes(net))
+    done = run("export", file, "--to", "timm", "--out", folder / "model.safetensors")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8")) == native_config(net)
+    assert "local-dir:" in done.stdout
+    (folder / "model.safetensors").unlink()
+    (folder / "config.json").write_text("mine")
+    done = run("export", file, "--to", "timm", "--out", folder / "model.safetensors")
+    assert "stays as it is" in done.stdout
+    assert (folder / "config.json").read_text() == "mine"
+    file.write_bytes(net_bytes(create_model("mobilenet_v1", act="silu", width=0.25)))
+    done = run("export", file, "--to", "timm", "--out", tmp_path / "model.safetensors")
+    assert "no config.json: timm has no mobilenet_v1 that computes the same" in done.stdout
+    assert not (tmp_path / "config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The zoo in timm's registry, and what timm's factory makes of it; scripts/timm_tests.py runs timm's own tests."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ import torch
 
 from flyweight.create import create_model
 from flyweight.errors import UsageError
-from flyweight.timm_models import PREFIX, register
-from flyweight.weights import net_bytes
-from flyweight.zoo import list_models
+from flyweight.net import Spec
+from flyweight.preprocess import Preprocess
+from flyweight.pretrained import table
+from flyweight.ship import write_network
+from flyweight.timm_models import PREFIX, config, native_config, native_name, register
+from flyweight.weights import load_net, net_bytes
+from flyweight.zoo import list_models, spec_of, structure
 
 STEM = "features.stem.conv.weight"
 
@@ -77,3 +82,68 @@ def test_weights_of_a_file_are_adapted_as_timm_does(timm: Any, tmp_path: Path, n
     assert reshaped == classifier | ({STEM} if in_chans != 3 else set())
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() - reshaped)
     torch.testing.assert_close(theirs[STEM].sum(dim=1), ours[STEM].sum(dim=1))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_the_configuration_rebuilds_the_network(name: str) -> None:
+    with torch.device("meta"):
+        net = structure(spec_of(name, width=0.5, num_classes=7, in_chans=1, drop_rate=0.1))
+    found = json.loads(json.dumps(config(net)))
+    size = found["model_args"].pop("size")
+    again = spec_of(found["architecture"].removeprefix(PREFIX), size=tuple(size), **found["model_args"])
+    if len(net.aux):
+        again = Spec(again.family, {k: v for k, v in again.args.items() if k != "aux"}, again.input)
+    assert again.family == net.spec.family
+    assert again.input == net.spec.input
+    assert json.dumps(dict(again.args), sort_keys=True) == json.dumps(dict(net.spec.args), sort_keys=True)
+
+
+def test_a_pruned_network_has_no_architecture_in_timm() -> None:
+    with torch.device("meta"):
+        net = structure(spec_of("squeezenet1_1"))
+    assert config(net)["architecture"] == "fw_squeezenet1_1"
+    net.spec = Spec(net.spec.family, net.spec.args, net.spec.input, {"features.stem.conv": 60})
+    assert config(net)["architecture"] == "squeezenet"
+
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "foreign.json").read_text(encoding="utf-8"))
+IN_TIMM = [
+    (name, record["args"], record["source"].removeprefix("timm "))
+    for name, records in GOLDEN.items() for record in records if record["source"].startswith("timm ")
+]  # fmt: skip
+PUBLISHED = [
+    (source.model, source.args, source.name.split(".")[0])
+    for sources in table().values() for source in sources if source.library == "timm" and not source.args.get("aux")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "args", "theirs"), [*IN_TIMM, *PUBLISHED])
+def test_what_timm_has_is_known_by_its_name(name: str, args: dict[str, Any], theirs: str) -> None:
+    spec = spec_of(name, **{**args, "num_classes": 7, "in_chans": 1})
+    assert native_name(spec) == theirs
+    assert native_name(spec.with_args(act="silu")) is None
+
+
+def test_the_configuration_for_timm_alone() -> None:
+    net = create_model("mobilenet_v2", width=0.5, num_classes=7, in_chans=1, size=(96, 64))
+    assert native_config(net, Preprocess((96, 64), 1, (51.0,), (102.0,))) == {
+        "architecture": "mobilenetv2_050",
+        "num_classes": 7,
+        "pretrained_cfg": {
+            "input_size": [1, 96, 64], "pool_size": [3, 2], "mean": [0.2], "std": [0.4], "interpolation": "bilinear",
+            "crop_pct": 1.0, "crop_mode": "squash", "first_conv": "conv_stem", "classifier": "classifier",
+        },
+    }  # fmt: skip
+    assert native_config(create_model("mobilenet_v2", width=0.125)) is None
+
+
+def test_a_folder_of_ours_in_timm(timm: Any, tmp_path: Path) -> None:
+    net = create_model("mobilenet_v1_cifar", width=0.25, num_classes=3, in_chans=1, size=28)
+    write_network(tmp_path, net, "a name", Preprocess((28, 28), 1, (120.0,), (60.0,)), ("a", "b", "c"))
+    theirs, ours = (
+        timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(),
+        load_net(tmp_path / "model.safetensors"),
+    )
+    pictures = torch.randn(2, 1, 28, 28)
+    assert torch.equal(theirs(pictures), ours(pictures))
+    assert timm.create_model(f"local-dir:{tmp_path}", pretrained=True, num_classes=5, in_chans=3).num_classes == 5

@@ -6,6 +6,7 @@ Its features are the blocks' sums, before the ReLU that the next block begins wi
 the 65-layer form but for where the exit flow has its activations.
 """
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -121,6 +122,35 @@ def timm(args: Mapping[str, Any]) -> Rules:
 
 
 NAMES = {"timm": timm}
+
+
+def xception(args: Mapping[str, Any], path: str) -> str:
+    """Where a module of ours has its tensors in Xception, or "" (as DeepLab v3+ in PyTorch starts from its weights).
+
+    The middle flow goes on with copies of Xception's block 11; its block 12 is the last one, and the norm of its conv3
+    serves the two that are as wide. Xception has no norm after depthwise convolutions, and pools where a third
+    separable convolution strides.
+    """
+    last = args.get("middle", 16) + 4
+    if args.get("entry", 3) != 3:
+        return ""
+    layers = {"depthwise.conv": "depthwise", "pointwise.conv": "pointwise.conv", "pointwise.norm": "pointwise.norm"}
+    if match := re.fullmatch(r"features\.block(\d+)\.(body|shortcut)\.(.+)", path):
+        block, side, rest = int(match[1]), match[2], match[3]
+        source = f"features.block{12 if block == last else min(block, 11)}.{side}."
+        if side == "shortcut":
+            return source + rest
+        conv, _, layer = rest.partition(".")
+        return f"{source}{conv}.{layers[layer]}" if layer in layers else ""
+    if match := re.fullmatch(r"features\.exit\.conv(\d)\.(.+)", path):
+        conv, layer = int(match[1]), match[2]
+        if conv == 2:
+            return "features.conv3.pointwise.norm" if layer == "pointwise.norm" else ""
+        return f"features.conv{3 if conv == 1 else 4}.{layers[layer]}" if layer in layers else ""
+    return path if path.startswith("features.conv") else ""
+
+
+DONORS = {"xception": xception}
 
 DEFAULTS = {"eps": 1e-3}
 initialise = kaiming_normal
