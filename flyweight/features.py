@@ -1,15 +1,18 @@
 """Frozen features: what a network's last layer reads, for every picture, and how far they carry without training."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from flyweight.data import Dataset, Splits
+from flyweight.errors import UsageError
 from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.train.loop import normalise
@@ -17,6 +20,8 @@ from flyweight.train.loop import normalise
 BATCH = 100
 PENALTIES = (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4)
 NEIGHBOURS_AT_ONCE = 1000
+COLUMNS = ("split", "class", "picture")
+Named = tuple[str, str, str]  # the values of COLUMNS
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,18 +58,51 @@ def embed(net: Net, splits: Splits, preprocess: Preprocess) -> tuple[Features, F
     return train, validation, test
 
 
-def write(folder: Path, splits: Sequence[Features], classes: Sequence[str]) -> None:
-    """Writes features.npy (float32 [N, F]) and features.csv, which names split, class and picture of each row."""
+def write(folder: Path, splits: Sequence[Features], classes: Sequence[str], form: str = "npy") -> list[Path]:
+    """Writes the features and what each row is of, in one of the `FORMS`; the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "features.npy", np.concatenate([each.values for each in splits]))
-    with (folder / "features.csv").open("w", newline="", encoding="utf-8") as file:
+    values = np.concatenate([each.values for each in splits])
+    named = [
+        (each.split, classes[int(label)], name)
+        for each in splits
+        for label, name in zip(each.labels, each.names, strict=True)
+    ]
+    return FORMS[form](folder, values, named)
+
+
+def _write_npy(folder: Path, values: NDArray[np.float32], named: Sequence[Named]) -> list[Path]:
+    """features.npy (float32 [N, F]) and features.csv, which names split, class and picture of each row."""
+    files = [folder / "features.npy", folder / "features.csv"]
+    np.save(files[0], values)
+    with files[1].open("w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["row", "split", "class", "picture"])
-        position = 0
-        for each in splits:
-            for label, name in zip(each.labels, each.names, strict=True):
-                rows.writerow([position, each.split, classes[label], name])
-                position += 1
+        rows.writerow(["row", *COLUMNS])
+        rows.writerows([row, *each] for row, each in enumerate(named))
+    return files
+
+
+def _write_parquet(folder: Path, values: NDArray[np.float32], named: Sequence[Named]) -> list[Path]:
+    """features.parquet: split, class, picture, and the features as a list of fixed length of float32."""
+    arrow, parquet = arrow_modules()
+    texts = [arrow.array(column, arrow.string()) for column in zip(*named, strict=True)]
+    lists = arrow.FixedSizeListArray.from_arrays(arrow.array(values.ravel()), values.shape[1])
+    file = folder / "features.parquet"
+    parquet.write_table(arrow.table([*texts, lists], names=[*COLUMNS, "feature"]), file)
+    return [file]
+
+
+def arrow_modules() -> tuple[Any, Any]:
+    """pyarrow and its Parquet part, which only this format needs. Raises UsageError where they are not installed."""
+    try:
+        return import_module("pyarrow"), import_module("pyarrow.parquet")
+    except ImportError as error:
+        raise UsageError("Parquet needs pyarrow, which is not installed: pip install 'flyweight[parquet]'") from error
+
+
+FORMS: dict[str, Callable[[Path, NDArray[np.float32], Sequence[Named]], list[Path]]] = {
+    "npy": _write_npy,
+    "parquet": _write_parquet,
+}
 
 
 def linear_probe(train: Features, validation: Features, test: Features) -> tuple[NDArray[np.int64], float]:

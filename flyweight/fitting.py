@@ -140,7 +140,7 @@ def _supplied(job: Job, source: Source) -> Job:
     """The job with the weights that its candidates may start from. Raises FlyweightError where a file is none."""
     budget = Budget.parse(job.budget)
     found = supply(job.pretrained, lambda spec: suits(spec, source, budget), FETCH_SHARE * job.seconds)
-    told = [f"candidates also start from {donor.told()}" for donor in found.donors]
+    told = [f"candidates also start from the weights {donor.told()}" for donor in found.donors]
     return replace(job, weights=[donor.to_json() for donor in found.donors], notes=(*told, *found.notes))
 
 

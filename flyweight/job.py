@@ -18,7 +18,7 @@ FILE = "run.json"
 
 @dataclass(frozen=True)
 class Job:
-    """What `flyweight fit` was asked to do; `weights` are what its candidates start from, `notes` what was said of it."""
+    """What `flyweight fit` was asked to do; `weights` are what candidates start from, `notes` what was said of them."""
 
     source: str
     budget: str
@@ -89,8 +89,9 @@ def guarded(folder: Path, again: str) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG):
             raise
-        place = error.filename or folder
-        raise FlyweightError(f"{place} cannot be written ({error.strerror}): make room, then {again}") from error
+        place, full = error.filename or folder, error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        remedy = "make room" if full else "make it writable"
+        raise FlyweightError(f"{place} cannot be written ({error.strerror}): {remedy}, then {again}") from error
 
 
 class Stopwatch:

@@ -25,6 +25,7 @@ from flyweight.preprocess import Preprocess
 from flyweight.records import Records
 from flyweight.report import write_report
 from flyweight.search.budget import Budget
+from flyweight.search.donor import Donor
 from flyweight.search.space import Candidate, candidates, input_sizes, pretrained_candidates, ranked
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure
@@ -34,7 +35,6 @@ from flyweight.train.platform import cores
 from flyweight.train.recipe import FINE_TUNING, recipe_for
 from flyweight.transfer import adopt
 from flyweight.units import percent
-from flyweight.weights import load_net, load_preprocess, load_spec
 from flyweight.zoo import build
 
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
@@ -56,7 +56,6 @@ CALIBRATED, READING_ARRAY, READING_FILE = 256, 0.0001, 0.004
 # Seconds a precision is measured for when they compete, and the shipped file in the end; candidates nearest to the
 # budget that are measured where none meets it.
 RACE_SECONDS, FINAL_SECONDS, NEAREST = 0.6, 2.0, 5
-FINAL = "state/final.safetensors"
 
 
 @dataclass
@@ -77,9 +76,9 @@ class Work:
         return self.job.seconds - self.watch.elapsed
 
 
-def ideal_macs(seconds: float, images: int) -> float:
-    """The MACs of a network whose training, in a job of `seconds`, sees each of `images` often enough."""
-    return TRAINING_MACS * cores() * final_seconds(seconds) / max(images * EPOCHS_WANTED, PICTURES_WANTED)
+def macs_that_see(pictures: int, seconds: float) -> float:
+    """The MACs of a network whose training, in a job of `seconds`, sees so many pictures in all."""
+    return TRAINING_MACS * cores() * final_seconds(seconds) / pictures
 
 
 def final_seconds(seconds: float) -> float:
@@ -115,18 +114,32 @@ def introduce(work: Work) -> None:
             version=job.version,
             command=job.command,
         )
-        work.records.write("data", **data_summary(work))
+        work.records.write("data", **data_summary(work.job.source, work.source, work.splits))
+        for note in job.notes:
+            work.records.say(note)
     else:
+        _forget_unfinished_trial(work.records)
         work.records.say(f"going on after {work.watch.elapsed:.0f} s")
     write_json(work.folder / "environment.json", environment(work.job.threads))
     work.watch.ends("data")
 
 
-def data_summary(work: Work) -> dict[str, Any]:
+def _forget_unfinished_trial(records: Records) -> None:
+    """Drops the epochs of a trial that was interrupted: it will be done again from its start."""
+    position = None
+    for record, begin in records.positions():
+        if record["kind"] == "epoch" and record["stage"] == "trial":
+            position = begin if position is None else position
+        elif record["kind"] != "log":
+            position = None
+    if position is not None:
+        records.cut(position)
+
+
+def data_summary(name: str, source: Source, splits: Splits) -> dict[str, Any]:
     """As in result.json."""
-    source, splits = work.source, work.splits
     return {
-        "source": work.job.source,
+        "source": name,
         "name": source.name,
         "classes": list(source.classes),
         "channels": source.channels,
@@ -165,17 +178,22 @@ def pool_of(job: Job, source: Source, sizes: Sequence[int]) -> list[Candidate]:
     """Every candidate for pictures decoded at these sizes, those that start from weights first; not yet costed."""
     channels, classes = source.channels, len(source.classes)
     pool = candidates(input_sizes(source.size), channels, classes)
-    if job.pretrained is None:
-        return pool
-    weights = Path(job.pretrained)
-    return pretrained_candidates(weights, load_spec(weights), sizes, channels, classes) + pool
+    ahead = [each for donor in donors(job) for each in pretrained_candidates(donor, sizes, channels, classes)]
+    return ahead + pool
+
+
+def donors(job: Job) -> list[Donor]:
+    """The weights that candidates start from."""
+    return [Donor.from_json(each) for each in job.weights]
 
 
 def in_order(job: Job, images: int, pool: Sequence[Candidate]) -> list[Candidate]:
-    """Those that start from weights first, for what they know; the others as `ranked` has them."""
+    """Those that start from weights first, for what they know; both as `ranked` has them."""
     anew = [candidate for candidate in pool if candidate.weights is None]
     ahead = [candidate for candidate in pool if candidate.weights is not None]
-    return ahead + ranked(anew, ideal_macs(job.seconds, images))
+    seen = images * EPOCHS_WANTED  # what knows much already needs no more pictures than that
+    first = ranked(ahead, macs_that_see(seen, job.seconds))
+    return first + ranked(anew, macs_that_see(max(seen, PICTURES_WANTED), job.seconds))
 
 
 def _measure(work: Work, candidate: Candidate) -> None:
@@ -300,9 +318,9 @@ def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:
     train_split, size = work.splits.train, candidate.spec.input[1]
     if candidate.weights is not None:
         net = build(candidate.spec)
-        for change in adopt(net, load_net(candidate.weights)):
+        for change in adopt(net, candidate.weights.net()):
             work.records.say(f"{candidate.name}: {change}")
-        return net, load_preprocess(candidate.weights).at(size, train_split.channels)
+        return net, candidate.weights.preprocess().at(size, train_split.channels)
     sample = train_split.batch(size, calibration_sample(len(train_split), work.job.seed, STATISTICS))
     return build(candidate.spec), Preprocess.of(sample)
 
@@ -324,6 +342,8 @@ def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess
         seed=work.job.seed,
         emit=emit,
         progress=progress,
+        note=work.records.say,
+        records=work.records,
     )
 
 
@@ -336,7 +356,7 @@ def train_winner(work: Work, winner: Candidate) -> tuple[Net, Preprocess]:
         seconds = restarts[-1]["seconds"] if restarts else record["seconds"]
         net, preprocess = start(work, winner)
         job = _training(work, winner, net, preprocess, "final", Clock(seconds=seconds))
-        job.checkpoint = work.folder / FINAL
+        job.checkpoint = work.folder / f"state/final-{len(restarts)}.safetensors"  # each attempt goes on with its own
         job.recipe = replace(
             job.recipe, flip=record["flip"], learning_rate=job.recipe.learning_rate / 2 ** len(restarts)
         )
@@ -348,7 +368,6 @@ def train_winner(work: Work, winner: Candidate) -> tuple[Net, Preprocess]:
                 raise FlyweightError(
                     f"training {winner.name} diverges at every learning rate tried: {error}"
                 ) from error
-            job.checkpoint.unlink(missing_ok=True)
             left = max(0.3 * seconds, seconds - job.clock.spent)
             work.records.write("restart", name=winner.name, seconds=round(left, 1), why=str(error))
     winner.val_top1, winner.epochs = trained.accuracy, trained.epochs
@@ -435,13 +454,20 @@ def finish(
     result: dict[str, Any] = {
         "version": __version__,
         "status": "met" if all(line["met"] for line in verdict) else "not met",
-        "data": data_summary(work),
-        "winner": {"name": winner.name, "spec": winner.spec.to_json(), "params": counted.params, "macs": counted.macs},
+        "data": data_summary(work.job.source, work.source, work.splits),
+        "winner": {
+            "name": winner.name,
+            "spec": winner.spec.to_json(),
+            "params": counted.params,
+            "macs": counted.macs,
+            "weights": winner.weights.to_json() if winner.weights else None,
+        },
         "budget": verdict,
         **tested,
         "validation": {"top1": shipped.val_top1, "n": len(work.splits.validation)},
         "latency_ms": speed.to_json(),
         "shipped": entry,
+        "weights": {"asked": work.job.pretrained, "found": list(work.job.weights), "notes": list(work.job.notes)},
         "candidates": [candidate.to_json() for candidate in pool],
         "seconds": {
             name: round(seconds, 2) for name, seconds in ({"total": work.watch.elapsed} | work.watch.stages).items()
@@ -469,13 +495,14 @@ def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any
     )
     for mistake in worst_mistakes(test, probabilities, MISTAKES):
         work.records.write("mistake", **mistake)
-    found: dict[str, Any] = {"test": _score(right)}
+    found: dict[str, Any] = {"test": top1(right)}
     if leaked.any() and not leaked.all():
-        found["test_clean"] = _score(right[~leaked]) | {"duplicates": int(leaked.sum())}
+        found["test_clean"] = top1(right[~leaked]) | {"duplicates": int(leaked.sum())}
     return found
 
 
-def _score(right: np.ndarray) -> dict[str, Any]:
+def top1(right: np.ndarray) -> dict[str, Any]:
+    """The share of pictures that were named rightly, as in result.json."""
     return {"top1": float(right.mean()), "n": len(right), "ci95": list(wilson(int(right.sum()), len(right)))}
 
 

@@ -1,9 +1,19 @@
-"""Where the tests find real data; without it they skip."""
+"""Where the tests find real data, without which they skip; and what they must not find: a developer's own weights."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_cached_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Jobs start from weights that are cached, so the tests have a cache of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("FLYWEIGHT_WEIGHTS", raising=False)
+        patch.setenv("FLYWEIGHT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -116,6 +116,13 @@ def test_a_dry_run_trains_nothing(tmp_path: Path) -> None:
         (["fit", "demo", "--budget", "size<=1MB", "--colour"], 2, "--colour"),
         (["fit", "demo", "--resume", "x"], 2, "--resume"),
         (["fit", "--resume", "nowhere"], 2, "nowhere"),
+        (["fit", "--resume", "x", "--pretrained", "auto"], 2, "--resume"),
+        (
+            ["fit", "demo", "--budget", "size<=1MB", "--pretrained", "no.safetensors"],
+            2,
+            "no.safetensors does not exist",
+        ),
+        (["embed", "resnet18", "demo", "--format", "csv"], 2, "--format is npy or parquet, not 'csv'"),
         (["cost", "resnet1"], 2, "resnet18"),
         (["cost", "resnet18", "--resolution", "0"], 2, "0 x 0 pixels"),
         (["models", "nothing*"], 2, "no model matches"),

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +18,23 @@ import onnx
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save
 
 import flyweight
-from flyweight import stages
+from flyweight import foreign, pretrained, ship, stages
 from flyweight.create import create_model
 from flyweight.data import open_source
 from flyweight.errors import DataError, FlyweightError, ParityError, UsageError
+from flyweight.fitting import outlook
+from flyweight.job import Job, save_job
 from flyweight.preprocess import Preprocess
+from flyweight.pretrained import Source
 from flyweight.records import Records, read_records
+from flyweight.search import donor
+from flyweight.search.donor import open_donor
 from flyweight.search.space import Candidate
 from flyweight.weights import load_net, net_bytes
-from flyweight.zoo import spec_of
+from flyweight.zoo import build, spec_of
 
 FORMATS = ("png", "jpg", "webp", "bmp", "gif")
 BUDGET = "latency<=20ms, size<=200KB"
@@ -238,7 +245,11 @@ def test_stopped_it_goes_on(how: signal.Signals, when: str, tmp_path: Path) -> N
     done = subprocess.run(command("fit", "--resume", folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = read_records(folder / "records.jsonl")
-    assert after[: len(before)] == before, "no record is lost"
+    # What a training reports after its last checkpoint is made again with the steps that are.
+    kept, found = ([record for record in each if record["kind"] not in ("epoch", "log")] for each in (before, after))
+    assert found[: len(kept)] == kept, "no record is lost"
+    epochs = [record["epoch"] for record in after if record["kind"] == "epoch" and record["stage"] == "final"]
+    assert epochs == sorted(set(epochs)), "nor made twice"
     for kind in ("trial", "winner", "job", "data"):
         made = [(r["kind"], r.get("name"), r.get("rung")) for r in after if r["kind"] == kind]
         assert len(made) == len(set(made)), "none is made twice"
@@ -339,8 +350,108 @@ def test_a_job_starts_from_weights(tmp_path: Path) -> None:
     assert any("the classifier for 4 classes was dropped" in message for message in told)
     assert any("kernels were summed for grey" in message for message in told)
     tried = {record["name"] for record in records if record["kind"] == "trial"}
-    assert "airbench x0.25 @28 pretrained" in tried
-    assert json.loads((run.folder / "run.json").read_text(encoding="utf-8"))["pretrained"] == str(weights)
+    assert "airbench x0.25 @28 from earlier" in tried
+    job = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
+    assert job["pretrained"] == str(weights)
+    assert job["command"].endswith(f"--pretrained {weights}")
+    assert job["weights"] == run.result["weights"]["found"]
+    assert job["weights"][0]["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    from_it = [candidate["name"] for candidate in run.result["candidates"] if candidate["weights"] == "earlier"]
+    assert from_it == [name for name in (c["name"] for c in run.result["candidates"]) if name.endswith(" from earlier")]
+    card = (run.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    if run.result["winner"]["weights"]:
+        assert f"Fine-tuned from the weights earlier (file {weights.name}, sha256 " in card
+        assert "Licence of these weights: not known." in card
+    else:
+        assert "From random weights" in card
+
+
+def tiny_source(monkeypatch: pytest.MonkeyPatch) -> Source:
+    """A table of published weights with one entry: MobileNetV1 at a quarter of its width, for 96 pixels."""
+    args = {"width": 0.25, "size": 96}
+    entry = Source("mobilenet_v1", "timm", "tiny.test", hub="timm/tiny.test", args=args, bytes=2_000_000)
+    entry = replace(entry, size=(96, 96), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), licence="apache-2.0")
+    for module in (pretrained, donor):
+        monkeypatch.setattr(module, "table", lambda: {"mobilenet_v1": (entry,)})
+    return entry
+
+
+def test_what_ships_names_the_weights_and_their_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cached weights serve unasked; so short a job trains the first candidate, which starts from them."""
+    entry = tiny_source(monkeypatch)
+    cached = tmp_path / "weights" / entry.file
+    cached.parent.mkdir()
+    cached.write_bytes(save(foreign.give(build(entry.spec()), "timm")))
+    monkeypatch.setenv("FLYWEIGHT_WEIGHTS", str(cached.parent))
+    data = photos(tmp_path / "photos", per_class=12)
+    run = flyweight.fit(data, "size<=1MB", time="8s", out=tmp_path / "run")
+    assert " from tiny.test" in run.result["winner"]["name"]
+    assert run.result["winner"]["weights"] == {
+        "name": "tiny.test",
+        "library": "timm",
+        "licence": "apache-2.0",
+        "address": entry.address,
+        "path": str(cached),
+        "sha256": hashlib.sha256(cached.read_bytes()).hexdigest(),
+    }
+    card = (run.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"Fine-tuned from timm's weights tiny.test ({entry.address}, file tiny.test.safetensors" in card
+    assert "Licence of these weights: apache-2.0." in card
+    assert "random weights" not in card
+    told = [record["message"] for record in read_records(run.folder / "records.jsonl") if record["kind"] == "log"]
+    assert f"candidates also start from the weights timm's tiny.test (licence: apache-2.0; {cached})" in told
+    assert "tiny.test" in (run.folder / "report.html").read_text(encoding="utf-8")
+    preprocess = json.loads((run.folder / "config.json").read_text(encoding="utf-8"))["preprocess"]
+    assert preprocess["mean"] == pytest.approx([127.5, 102, 76.5])
+
+
+def test_offline_the_job_starts_anew_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_source(monkeypatch)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    data = photos(tmp_path / "photos", per_class=12)
+    run = flyweight.fit(data, "size<=1MB", time="8s", out=tmp_path / "run", pretrained="auto")
+    (note,) = run.result["weights"]["notes"]
+    assert note.startswith("no weights are cached; cannot reach 127.0.0.1:9 (")
+    assert run.result["weights"] == {"asked": "auto", "found": [], "notes": [note]}
+    records = read_records(run.folder / "records.jsonl")
+    assert note in [record["message"] for record in records if record["kind"] == "log"]
+    assert run.result["winner"]["weights"] is None
+    assert "From random weights, so no licence" in (run.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
+
+
+def test_a_job_goes_on_only_with_the_same_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "earlier.safetensors"
+    net = create_model("airbench94", num_classes=4, in_chans=1, width=0.25, size=28)
+    weights.write_bytes(net_bytes(net, Preprocess((28, 28), 1, (72.0,), (90.0,))))
+    job = Job(
+        "demo", BUDGET, 8.0, 1, 0, False, flyweight.__version__, "", str(weights), [open_donor(weights).to_json()]
+    )
+    (tmp_path / "run").mkdir()
+    save_job(tmp_path / "run", job)
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    with pytest.raises(UsageError, match=r"earlier\.safetensors is not the file that the job started from"):
+        flyweight.resume(tmp_path / "run")
+    weights.unlink()
+    with pytest.raises(UsageError, match=r"earlier\.safetensors, which the job starts from, is gone"):
+        flyweight.resume(tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
+
+
+def test_a_dry_run_shows_what_starts_from_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "earlier.safetensors"
+    net = create_model("airbench94", num_classes=4, in_chans=1, width=0.25, size=28)
+    weights.write_bytes(net_bytes(net, Preprocess((28, 28), 1, (72.0,), (90.0,))))
+    shown = outlook("demo", "macs<=20M", pretrained=weights)
+    assert shown.order[0].name == "airbench x0.25 @28 from earlier"
+    assert list(shown.notes) == [f"candidates also start from the weights earlier ({weights})"]
+
+
+@pytest.mark.parametrize(("licence", "told"), [("bsd-3-clause", "bsd-3-clause."), (None, "not stated by torchvision.")])
+def test_a_licence_that_nobody_states_is_not_invented(licence: str | None, told: str) -> None:
+    file = {"path": "/a/net.pth", "sha256": "0123", "address": "https://a.example/net.pth"}
+    text = ship._origin({"name": "NET.V1", "library": "torchvision", "licence": licence, **file})
+    assert text.startswith("Fine-tuned from torchvision's weights NET.V1 (https://a.example/net.pth, file net.pth, ")
+    assert text.endswith(f"Licence of these weights: {told}")
 
 
 @pytest.mark.parametrize("fault", ["missing", "bare", "damaged"])

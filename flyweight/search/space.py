@@ -1,8 +1,7 @@
 """The candidates: every family of the zoo over its widths and the input sizes, with exact costs."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flyweight import zoo
@@ -10,6 +9,7 @@ from flyweight.costs import NetCost, cost
 from flyweight.graph import GraphError
 from flyweight.net import Spec
 from flyweight.search.budget import Budget
+from flyweight.search.donor import Donor
 from flyweight.units import budget_value
 from flyweight.zoo import spec_of
 
@@ -36,8 +36,8 @@ class Candidate:
     why: str = ""
     val_top1: float | None = None
     epochs: float | None = None
-    weights: Path | None = None
-    """The file whose weights it starts from, if any."""
+    weights: Donor | None = None
+    """The weights it starts from, if any."""
 
     @property
     def macs(self) -> int:
@@ -74,6 +74,7 @@ class Candidate:
             "why": self.why,
             "val_top1": self.val_top1,
             "epochs": self.epochs,
+            "weights": self.weights.name if self.weights else None,
         }
 
 
@@ -111,17 +112,22 @@ def pretrained_size(spec: Spec, native: tuple[int, int]) -> int:
     return max(SMALLEST, min(max(spec.input[1:]), max(native)))
 
 
-def pretrained_candidates(
-    weights: Path, spec: Spec, sizes: Sequence[int], channels: int, classes: int
-) -> list[Candidate]:
-    """The network of a file at each size between about half and all of its own, without dropout, for these classes."""
+def adapted(spec: Spec, sizes: Sequence[int], channels: int, classes: int) -> list[Spec]:
+    """A trained network at each size between about half and all of its own, without dropout, for these classes."""
     own = max(spec.input[1:])
-    found = []
-    for size in sorted({size for size in sizes if LEAST_OF_OWN * own <= size <= own} or {max(sizes)}, reverse=True):
-        args = {**spec.args, "num_classes": classes, "in_chans": channels, "drop_rate": 0.0}
-        name = f"{spec.family} x{spec.args.get('width', 1.0):g} @{size} pretrained"
-        found.append(Candidate(name, Spec(spec.family, args, (channels, size, size)), weights=weights))
-    return found
+    fitting = {size for size in sizes if LEAST_OF_OWN * own <= size <= own} or {max(sizes)}
+    form = spec.with_args(num_classes=classes, in_chans=channels, drop_rate=0.0)
+    return [replace(form, input=(channels, size, size)) for size in sorted(fitting, reverse=True)]
+
+
+def pretrained_candidates(donor: Donor, sizes: Sequence[int], channels: int, classes: int) -> list[Candidate]:
+    """Candidates that start from given weights; each says from which."""
+    return [
+        Candidate(
+            f"{spec.family} x{spec.args.get('width', 1.0):g} @{spec.input[1]} from {donor.name}", spec, weights=donor
+        )
+        for spec in adapted(donor.spec(), sizes, channels, classes)
+    ]
 
 
 def estimate_cost(candidate: Candidate) -> None:
