@@ -7,7 +7,7 @@ from typing import Any
 from flyweight import zoo
 from flyweight.costs import NetCost, cost
 from flyweight.graph import GraphError
-from flyweight.net import Spec
+from flyweight.net import Net, Spec
 from flyweight.search.budget import Budget
 from flyweight.search.donor import Donor
 from flyweight.units import budget_value
@@ -130,10 +130,13 @@ def pretrained_candidates(donor: Donor, sizes: Sequence[int], channels: int, cla
     ]
 
 
-def estimate_cost(candidate: Candidate) -> None:
-    """Fills in the exact cost, or drops the candidate if its network cannot take so small an input."""
+def estimate_cost(candidate: Candidate, net: Net | None = None) -> None:
+    """Fills in the exact cost, or drops the candidate if its network cannot take so small an input.
+
+    `net` is its network, where that is built already.
+    """
     try:
-        candidate.cost = cost(candidate.spec)
+        candidate.cost = cost(net or candidate.spec, candidate.spec.input)
     except GraphError:
         candidate.drop(f"needs larger pictures than {candidate.spec.input[1]} pixels")
 

@@ -1,8 +1,11 @@
 """Before training: which candidates can meet the budget, by exact cost and by measuring their exported graphs."""
 
+import json
 from collections.abc import Sequence
+from itertools import groupby
 
 import numpy as np
+import torch
 
 from flyweight.bench.measure import latencies
 from flyweight.export import int8, onnx
@@ -10,7 +13,7 @@ from flyweight.preprocess import Preprocess
 from flyweight.search.budget import Budget
 from flyweight.search.space import Candidate, estimate_cost, screen, shortfall
 from flyweight.units import budget_value
-from flyweight.zoo import build
+from flyweight.zoo import build, structure
 
 # Enough pictures to place the ranges; these networks are untrained, and only their speed and size are wanted.
 CALIBRATION = 8
@@ -19,10 +22,21 @@ LATENCY_MARGIN = 0.95
 
 
 def cost_all(pool: Sequence[Candidate], budget: Budget) -> None:
-    """Fills in every candidate's exact cost and drops what its cost alone rules out."""
-    for candidate in pool:
-        estimate_cost(candidate)
-        screen(candidate, budget)
+    """Fills in every candidate's exact cost and drops what its cost alone rules out.
+
+    Building takes most of the time, so networks that differ only in the input's size are built once.
+    """
+    for _, alike in groupby(sorted(pool, key=_structure), _structure):
+        same = list(alike)
+        with torch.device("meta"):
+            net = structure(same[0].spec)
+        for candidate in same:
+            estimate_cost(candidate, net)
+            screen(candidate, budget)
+
+
+def _structure(candidate: Candidate) -> str:
+    return json.dumps([candidate.spec.family, dict(candidate.spec.args)], sort_keys=True)
 
 
 def measure(candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, threads: int) -> None:
