@@ -5,12 +5,15 @@ import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from flyweight import __version__
 from flyweight.errors import BudgetNotMet, FlyweightError, Interrupted, UsageError
+
+if TYPE_CHECKING:
+    from flyweight.net import Net
 
 app = typer.Typer(
     add_completion=False,
@@ -176,6 +179,107 @@ def predict(
 
 
 @app.command()
+def train(
+    data: Annotated[
+        str | None, typer.Argument(help="A folder of class folders, cifar10:PATH, idx:PATH, or demo.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The network; flyweight models lists them.")] = None,
+    width: Annotated[float | None, typer.Option(help="Width multiplier; by default the name's own.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Side of the input in pixels.")] = None,
+    arg: Annotated[
+        list[str] | None, typer.Option(help="An argument of the network, such as se=0.25; may be repeated.")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="How often to see the pictures; by default 10 times.")] = None,
+    time: Annotated[str | None, typer.Option(help="How long to train instead: 90s, 10m, 1.5h.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="default, baseline, or fine-tuning (the usual with --pretrained).")
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A field of the recipe, such as learning_rate=0.1; may be repeated."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all random choices.")] = 0,
+    threads: Annotated[int | None, typer.Option(help="Cores to train on; by default all.")] = None,
+    pretrained: Annotated[
+        str | None,
+        typer.Option(help="Start from weights: auto (the best published), a run's folder, a file, or a network."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    sync_batchnorm: Annotated[
+        bool, typer.Option("--sync-batchnorm", help="Under torchrun: batch statistics over all processes.")
+    ] = False,
+    checkpoint_every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 15.0,
+    out: Annotated[Path | None, typer.Option(help="The folder; by default runs/train-<model>-<time>.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted training in this folder.")] = None,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train one network. Under torchrun, several processes share each batch."""
+    import os
+
+    from flyweight import training
+    from flyweight.terminal import Progress, show_training
+
+    if resume is not None and (data is not None or model is not None):
+        raise UsageError("--resume takes neither data nor a model: the run knows them")
+    if resume is None and (data is None or model is None):
+        raise UsageError("which network on which pictures? flyweight train DATA --model NAME (or --resume DIR)")
+    first = os.environ.get("RANK", "0") == "0"
+    with Progress(quiet=as_json or not first) as progress:
+        try:
+            if resume is not None:
+                result = training.resume(resume, progress.listen)
+            else:
+                assert data is not None
+                assert model is not None
+                span = training.duration(epochs, time)
+                request = training.Request(
+                    source=data,
+                    model=model,
+                    args=_family_arguments(arg or ()) | ({} if width is None else {"width": width}),
+                    resolution=resolution,
+                    epochs=span[0],
+                    seconds=span[1],
+                    recipe=recipe,
+                    changes=_family_arguments(changes or ()),
+                    seed=seed,
+                    threads=threads,
+                    pretrained=pretrained,
+                    device=device,
+                    sync_batchnorm=sync_batchnorm,
+                    skip_corrupt=skip_corrupt,
+                    checkpoint_seconds=checkpoint_every,
+                )
+                result = training.train_network(request, out, progress.listen)
+        except Interrupted as stop:
+            _fail(str(stop), stop.exit_code)
+    if first:
+        show_training(result, as_json)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Argument(help="A run's folder, a model.onnx or a model.safetensors.")],
+    data: Annotated[str, typer.Argument(help="Pictures of the classes that the model knows, as for fit.")],
+    split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
+    threads: Annotated[int, typer.Option(help="Cores to work on.")] = 1,
+    skip_corrupt: Annotated[
+        bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Score a classifier on pictures: top-1 and top-5, by class, confusion, calibration error, images a second."""
+    from flyweight import evaluation
+    from flyweight.terminal import show_evaluation
+
+    if threads < 1:
+        raise UsageError(f"--threads must be at least 1, not {threads}")
+    show_evaluation(evaluation.evaluate(model, data, split, threads, skip_corrupt), as_json)
+
+
+@app.command()
 def models(
     pattern: Annotated[str, typer.Argument(help="A shell-style pattern such as 'squeeze*'.")] = "*",
     as_json: Json = False,
@@ -271,9 +375,18 @@ def tables(
 
 @app.command()
 def embed(
-    model: Annotated[Path, typer.Argument(help="A run's folder or a model.safetensors.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A run's folder, a model.safetensors, or the name of a network with published weights."),
+    ],
     data: Annotated[str, typer.Argument(help="Pictures, as for fit.")],
-    out: Annotated[Path, typer.Option(help="The folder for features.npy and features.csv.")] = Path("features"),
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("features"),
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format", metavar="npy|parquet", help="npy: features.npy and features.csv; or one Parquet file."
+        ),
+    ] = "npy",
     skip_corrupt: Annotated[
         bool, typer.Option("--skip-corrupt", help="Leave out pictures that cannot be read.")
     ] = False,
@@ -284,21 +397,26 @@ def embed(
 
     from flyweight import features
     from flyweight.data import open_source, prepare
+    from flyweight.search.donor import find_donor
     from flyweight.terminal import show_features
-    from flyweight.weights import load_net, load_preprocess
 
+    if form not in features.FORMS:
+        raise UsageError(f"--format is {' or '.join(features.FORMS)}, not {form!r}")
+    if form == "parquet":
+        features.arrow_modules()  # what is missing is told before anything is done
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out} is not an empty folder: choose another --out")
-    file = model / "model.safetensors" if model.is_dir() else model
-    net, preprocess = load_net(file), load_preprocess(file)
     source = open_source(data)
+    donor = find_donor(model)
+    preprocess = donor.preprocess()
     if source.channels != preprocess.channels:
-        raise UsageError(f"{data} has {source.channels} channels and {file} takes {preprocess.channels}")
+        raise UsageError(f"{data} has {source.channels} channels and {model} takes {preprocess.channels}")
     splits = prepare(source, [preprocess.size[0]], skip_corrupt=skip_corrupt)
-    train, validation, test = features.embed(net, splits, preprocess)
-    features.write(out, [train, validation, test], source.classes)
+    train, validation, test = features.embed(donor.net(), splits, preprocess)
+    files = features.write(out, [train, validation, test], source.classes, form)
     clean = test.chosen(np.flatnonzero(~splits.leaked))
-    show_features(out, train.values.shape[1], features.judge(train, validation, clean), as_json)
+    judged = features.judge(train, validation, clean)
+    show_features(files, donor.told(), train.values.shape[1], judged, as_json)
 
 
 @app.command()
@@ -315,6 +433,7 @@ def sweep(
     arg: Annotated[list[str] | None, typer.Option(help="name=value that all trainings share; may be repeated.")] = None,
     seeds: Annotated[int, typer.Option(help="Trainings of each combination.")] = 3,
     time: Annotated[str | None, typer.Option(help="How long the whole sweep may take; by default 20m.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Of each training, however long all take.")] = None,
     out: Annotated[Path | None, typer.Option(help="The sweep's folder; by default runs/sweep-<model>-<time>.")] = None,
     threads: Annotated[int, typer.Option(help="Cores that the latency is measured on.")] = 1,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted sweep in this folder.")] = None,
@@ -329,6 +448,8 @@ def sweep(
 
     if resume is not None and (model is not None or vary or arg):
         raise UsageError("--resume takes neither a model nor what to vary: the sweep knows them")
+    if epochs is not None and time is not None:
+        raise UsageError("--epochs and --time exclude each other")
     if resume is None and (model is None or data is None):
         raise UsageError("which network, which pictures? flyweight sweep NAME DATA --vary width=0.25,0.5,1.0")
     with Progress(quiet=as_json) as progress:
@@ -341,7 +462,17 @@ def sweep(
                 varied = {name: _values(text) for name, text in map(_name_and_text, vary or ())}
                 fixed = _family_arguments(arg or ())
                 result = study.sweep(
-                    model, data, varied, time or "20m", seeds, fixed, out, threads, skip_corrupt, progress.listen
+                    model,
+                    data,
+                    varied,
+                    time or "20m",
+                    seeds,
+                    fixed,
+                    epochs,
+                    out,
+                    threads,
+                    skip_corrupt,
+                    progress.listen,
                 )
         except Interrupted as stop:
             _fail(str(stop), stop.exit_code)
@@ -400,9 +531,30 @@ def export_weights(
     from flyweight import foreign
     from flyweight.weights import load_net
 
-    tensors = foreign.give(load_net(file), to)
+    net = load_net(file)
+    tensors = foreign.give(net, to)
     _write_new(out, save(tensors, {"format": "pt"}))
     print(f"{out}: {len(tensors)} tensors under {to}'s names")
+    if to == "timm":
+        print(_describe_to_timm(net, file, out))
+
+
+def _describe_to_timm(net: "Net", file: Path, out: Path) -> str:
+    """Writes the config.json by which timm alone loads the folder, where it can; says what was done."""
+    from flyweight.ship import write_json
+    from flyweight.timm_models import native_config
+    from flyweight.weights import load_preprocess, read_tensors
+
+    path = out.parent / "config.json"
+    config = native_config(net, load_preprocess(file) if "preprocess" in read_tensors(file)[1] else None)
+    if config is None:
+        return f"no config.json: timm has no {net.spec.family} that computes the same"
+    if out.name != "model.safetensors":
+        return "no config.json: timm loads a folder by its model.safetensors, so name --out FOLDER/model.safetensors"
+    if path.exists():
+        return f"{path} was there already and stays as it is"
+    write_json(path, config)
+    return f"{path}: timm.create_model('local-dir:{out.parent}', pretrained=True) loads it"
 
 
 def _levels(text: str, channels: int) -> tuple[float, ...]:

@@ -45,9 +45,14 @@ class Classifier:
             return np.empty((0, len(self.classes)), np.float32)
         out = []
         for start in range(0, len(pictures), BATCH):
-            pixels = np.stack([self.preprocess.pixels(picture) for picture in pictures[start : start + BATCH]])
-            out.append(self._session.run(None, {"image": pixels})[0])
+            out.append(
+                self.answers(np.stack([self.preprocess.pixels(picture) for picture in pictures[start : start + BATCH]]))
+            )
         return np.concatenate(out)
+
+    def answers(self, pixels: np.ndarray) -> np.ndarray:
+        """Probabilities float32 [N, classes] of pictures that are ready, uint8 [N, H, W, C] at the network's size."""
+        return np.asarray(self._session.run(None, {"image": pixels})[0])
 
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> list[str]:
         """The most probable class of each picture."""

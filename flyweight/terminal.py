@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
 
-from flyweight.units import budget_value, human_bytes, human_ms, percent
+from flyweight.units import budget_value, human_bytes, human_ms, human_seconds, percent
 
 if TYPE_CHECKING:
     from flyweight.costs import LayerCost, NetCost
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 PLAIN_LINE_SECONDS = 30.0
 SHOWN = 12
+MOST_CONFUSED = 12  # classes up to which a confusion is printed
 
 
 class Progress:
@@ -139,28 +140,26 @@ def show_sweep(result: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(result, indent=2, ensure_ascii=False))
         return
-    rows = [
-        {
-            **{name: str(value) for name, value in row["settings"].items()},
-            "validation": spread(row),
-            "params": row["params"],
-            "macs": row["macs"],
-            "latency": human_ms(row["latency_ms"]),
-            "file": human_bytes(row["file_bytes"]),
-        }
-        for row in result["points"]
-    ]
-    print(f"{result['model']}, {result['epochs']:.3g} epochs each, {result['seconds']:.0f} s in all")
-    print_table(rows)
-    print(f"results and figures: {result['folder']}")
+    from flyweight.report.study import cells
+
+    print(f"{result['model']}, {result['planned']:.3g} epochs each, {human_seconds(result['seconds'])} in all")
+    print_table([cells(row) for row in result["points"]])
+    print(f"results and figures: {result['folder']}/results.md")
 
 
-def spread(row: Mapping[str, Any]) -> str:
-    """A point's accuracy with the lowest and the highest of its trainings."""
-    if row["val_top1"] is None:
-        return "diverged" if row["diverged"] else "not trained"
-    among = f" ({percent(row['lowest'])} … {percent(row['highest'])}, n = {row['n']})" if row["n"] > 1 else ""
-    return percent(row["val_top1"]) + among
+def show_training(result: Mapping[str, Any], as_json: bool) -> None:
+    """The outcome of one training on stdout."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    network, seconds = result["network"], result["seconds"]["training"]
+    print(f"\n{network['name']}: {result['epochs']:.3g} epochs, {result['steps']} steps, {human_seconds(seconds)}")
+    for split in ("train", "validation", "test"):
+        print(f"  {split:<11}{percent(result[split]['top1'])} of {result[split]['n']}")
+    if clean := result.get("test_clean"):
+        repeated = f"without {clean['duplicates']} that repeat training pictures"
+        print(f"  test, {repeated}: {percent(clean['top1'])} of {clean['n']}")
+    print(f"network: {result['folder']}/model.safetensors")
 
 
 def show_outlook(outlook: "Outlook", as_json: bool) -> None:
@@ -275,15 +274,46 @@ def show_tables(rows: Sequence["Row"], as_json: bool) -> None:
     print(f"\n{agree} of {len(rows)} figures agree as printed, {explained} differ for the reason given")
 
 
-def show_features(folder: Path, size: int, judged: Mapping[str, float], as_json: bool) -> None:
-    """Where the features are, and how far they carry."""
+def show_features(files: Sequence[Path], model: str, size: int, judged: Mapping[str, float], as_json: bool) -> None:
+    """Where the features are, whose they are, and how far they carry."""
     if as_json:
-        print(json.dumps({"folder": str(folder), "features": size, **judged}, indent=2))
+        told = {"folder": str(files[0].parent), "files": [each.name for each in files], "model": model}
+        print(json.dumps({**told, "features": size, **judged}, indent=2))
         return
     n = int(judged["n"])
-    print(f"{folder / 'features.npy'}: {size} values for each picture; {folder / 'features.csv'}: the pictures")
+    print(f"{', '.join(map(str, files))}: {size} values for each picture, by {model}")
     print(f"  linear probe       {percent(judged['linear_probe_top1'])} of {n} test pictures that repeat no other")
     print(f"  nearest neighbour  {percent(judged['nearest_neighbour_top1'])}")
+
+
+def show_evaluation(scored: Mapping[str, Any], as_json: bool) -> None:
+    """A classifier's scores on stdout; the confusion as a table where there are few classes."""
+    if as_json:
+        print(json.dumps(scored, indent=2, ensure_ascii=False))
+        return
+    low, high = scored["ci95"]
+    print(f"{scored['model']} on the {scored['n']} {scored['split']} pictures of {scored['data']}")
+    print(f"  top-1              {percent(scored['top1'])}  (95 % interval {percent(low)} to {percent(high)})")
+    if clean := scored.get("clean"):
+        repeated = f"of the {clean['n']} that repeat no training picture"
+        print(f"  top-1              {percent(clean['top1'])}  {repeated}")
+    print(f"  top-5              {percent(scored['top5'])}")
+    print(f"  calibration error  {percent(scored['ece'])}")
+    speed, setting = scored["throughput"]["images_per_second"], scored["throughput"]
+    spread = f"{speed['min']:.0f} to {speed['max']:.0f} in {speed['n']} rounds"
+    how = f"batches of {setting['batch']}, {setting['threads']} thread(s)"
+    print(f"  images a second    {speed['median']:.0f}  ({spread}; {how})\n")
+    print_table([_class_row(each) for each in scored["classes"]])
+    if len(scored["classes"]) <= MOST_CONFUSED:
+        names = [each["name"] for each in scored["classes"]]
+        print("\nA row for each class, a column for each answer:")
+        rows = zip(names, scored["confusion"], strict=True)
+        print_table([{"class": name, **dict(zip(names, row, strict=True))} for name, row in rows])
+
+
+def _class_row(score: Mapping[str, Any]) -> dict[str, Any]:
+    shares = {key: "" if score[key] is None else percent(score[key]) for key in ("recall", "precision")}
+    return {"class": score["name"], "pictures": score["n"], **shares}
 
 
 def print_table(rows: Sequence[Mapping[str, Any]]) -> None:

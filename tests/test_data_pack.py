@@ -3,17 +3,19 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
+import flyweight.data.cache as cache_module
 import flyweight.data.pack as pack_module
-from flyweight.data import Splits, open_source, prepare, to_pixels
-from flyweight.data.pack import cache_folder
+from flyweight.data import Splits, open_source, prepare, read_image, to_pixels
+from flyweight.data.cache import Rows, cache_folder
 from flyweight.errors import FlyweightError
 
 
@@ -152,6 +154,97 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(photos: Path) -> None:
     (photos.parent / "cache").write_text("a file where the folder should be")
     with pytest.raises(FlyweightError, match=r"the cache folder .*cache cannot be written .*FLYWEIGHT_CACHE"):
         run(photos)
+
+
+TRAINED = """
+import gc, sys
+from pathlib import Path
+import torch
+from flyweight.create import create_model
+from flyweight.data import cache, open_source, prepare
+from flyweight.train.loop import Clock, Training, logits, train
+from flyweight.train.recipe import Recipe, preprocess_for
+cache.IN_MEMORY = 500_000
+place, size = sys.argv[1], 16
+splits = prepare(open_source(place), [size])
+recipe, data = Recipe(batch_size=32), splits.train
+net = create_model("resnet8_cifar", num_classes=len(data.classes), in_chans=data.channels, size=size)
+held_out = splits.validation.subset(range(20))
+preprocess = preprocess_for(recipe, data.batch(size, slice(0, 200)))
+epochs = 32 * 12 / len(data)
+train(Training(net, data, held_out, preprocess, recipe, Clock(epochs=epochs), mode="float32"))
+gc.collect()
+status = Path("/proc/self/status").read_text()
+print(len(data), status.split("RssAnon:")[1].split()[0])
+"""
+
+
+def memory_of_a_training(place: str, cache: Path) -> tuple[int, int]:
+    """The pictures trained on, and the anonymous resident memory in KB at the end."""
+    command = [sys.executable, "-c", TRAINED, place]
+    environment = os.environ | {"FLYWEIGHT_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    count, kilobytes = map(int, done.stdout.split())
+    return count, kilobytes
+
+
+def jpegs(place: Path, count: int) -> str:
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        file = place / f"c{number % 2}" / f"{number}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(file)
+    return str(place)
+
+
+def idx(place: Path, count: int) -> str:
+    place.mkdir()
+    rng = np.random.default_rng(0)
+    for kind, values in (
+        ("images-idx3", rng.integers(0, 256, (count, 144, 144), dtype=np.uint8)),
+        ("labels-idx1", np.arange(count) % 2),
+    ):
+        header = bytes([0, 0, 8, values.ndim]) + np.array(values.shape, ">u4").tobytes()
+        (place / f"train-{kind}-ubyte").write_bytes(header + values.astype(np.uint8).tobytes())
+    return f"idx:{place}"
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("make", [jpegs, idx])
+def test_ten_times_the_data_takes_no_more_memory(make: Callable[[Path, int], str], tmp_path: Path) -> None:
+    small, before = memory_of_a_training(make(tmp_path / "small", 300), tmp_path / "cache")
+    large, after = memory_of_a_training(make(tmp_path / "large", 3000), tmp_path / "cache")
+    assert large > 9 * small
+    assert after < 1.1 * before
+
+
+def test_large_arrays_lie_on_the_disk_and_leave_nothing_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = np.random.default_rng(0).integers(0, 256, (50, 8, 8, 3), dtype=np.uint8)
+    found = []
+    for limit in (10**6, 10):
+        monkeypatch.setattr(cache_module, "IN_MEMORY", limit)
+        rows = Rows(values.shape, tmp_path / "cache")
+        for start in range(0, 50, 20):
+            rows.append(values[start : start + 20])
+        found.append(rows.array())
+        assert np.array_equal(found[-1], values)
+    assert isinstance(found[1].base, np.memmap)
+    assert not isinstance(found[0].base, np.memmap)
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_large_arrays_that_cannot_be_kept_are_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_module, "IN_MEMORY", 10)
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with pytest.raises(FlyweightError, match=r"the cache folder .*cache cannot be written .*FLYWEIGHT_CACHE"):
+        Rows((100, 8, 8, 1), tmp_path / "cache")
+
+
+def test_jpegs_are_decoded_exactly_as_pillow_does(real_data: Path) -> None:
+    for file in sorted((real_data / "flowers12").rglob("*.jpg"))[::40]:
+        with Image.open(file) as image:
+            expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+        assert np.array_equal(np.asarray(read_image(file, 3)), expected)
 
 
 def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from flyweight.errors import DataError, UsageError
 
@@ -50,7 +50,7 @@ def read_image(source: ImageSource, channels: int) -> Image.Image:
         with _pillow_is_quiet, _opened(source) as image:
             fault = _fault(image)
             if not fault:
-                return ImageOps.exif_transpose(image).convert(MODES[channels])
+                return _upright(image, MODES[channels], own=isinstance(source, Image.Image))
     except UnidentifiedImageError:
         fault = f"is damaged, or no image of a known format ({', '.join(FORMATS)}): replace or remove it"
     except Image.DecompressionBombError:
@@ -61,6 +61,14 @@ def read_image(source: ImageSource, channels: int) -> Image.Image:
         # Damaged bytes make Pillow's decoders raise nearly anything: SyntaxError, struct.error, zlib.error, EOFError …
         fault = f"cannot be decoded ({_reason(error)}): replace or remove it"
     raise DataError(f"{name} {fault}")
+
+
+def _upright(image: Image.Image, mode: str, own: bool) -> Image.Image:
+    """The picture turned by its EXIF tag, in `mode`; copied only where that changes it or it is the caller's `own`."""
+    image.load()
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    return image if image.mode == mode and not own else image.convert(mode)
 
 
 def header(path: Path) -> tuple[str, tuple[int, int]] | None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flyweight.data.audit import THUMB
+from flyweight.data.cache import Rows, cache_folder, cannot_write
 from flyweight.data.images import read_image, resize
 from flyweight.data.source import Source
 from flyweight.errors import FlyweightError
@@ -43,12 +44,12 @@ class Pack:
 
 
 def pack(source: Source, sizes: Sequence[int], cache: Path | None, progress: Progress) -> Pack:
-    """Arrays stay in memory; files go to the cache folder, and are decoded again only if they have changed.
+    """Files go to the cache folder, and are decoded again only if they have changed; arrays stay as they are.
 
     Raises FlyweightError if the cache folder cannot be written or its disk is full.
     """
     if isinstance(source.images, np.ndarray):
-        return _in_memory(source, source.images, sizes, progress)
+        return _of_array(source, source.images, sizes, cache, progress)
     folder = cache or cache_folder()
     place = folder / "packs" / f"{source.name[:40]}-{_fingerprint(source.images, sizes, source.channels)}"
     found = _read(place, sizes)
@@ -58,38 +59,32 @@ def pack(source: Source, sizes: Sequence[int], cache: Path | None, progress: Pro
     try:
         _write(source, sizes, place, progress)
     except OSError as error:
-        raise _cannot_write(folder, error) from error
+        raise cannot_write(folder, error) from error
     written = _read(place, sizes)
     if not written:
         raise FlyweightError(f"the pack {place} cannot be read back: remove it and start again")
     return written
 
 
-def cache_folder() -> Path:
-    """FLYWEIGHT_CACHE, else flyweight/ in XDG_CACHE_HOME, else ~/.cache/flyweight."""
-    if own := os.environ.get("FLYWEIGHT_CACHE"):
-        return Path(own)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "flyweight"
-
-
-def _in_memory(source: Source, images: NDArray[np.uint8], sizes: Sequence[int], progress: Progress) -> Pack:
+def _of_array(
+    source: Source, images: NDArray[np.uint8], sizes: Sequence[int], cache: Path | None, progress: Progress
+) -> Pack:
     count, height, width, channels = images.shape
     native = height if height == width else 0
-    pixels = {size: np.empty((count, size, size, channels), np.uint8) for size in sizes if size != native}
-    thumbs = np.empty((count, THUMB, THUMB), np.uint8)
+    rows = {size: Rows((count, size, size, channels), cache) for size in sizes if size != native}
+    thumbs = Rows((count, THUMB, THUMB), cache)
     done = 0
-    with closing(_blocks(images, list(pixels), source.channels)) as blocks:
+    with closing(_blocks(images, list(rows), source.channels)) as blocks:
         for block in blocks:
-            part = slice(done, done + len(block.thumbs))
-            thumbs[part] = block.thumbs
+            thumbs.append(block.thumbs)
             for size, values in block.pixels.items():
-                pixels[size][part] = values
-            done = part.stop
+                rows[size].append(values)
+            done += len(block.thumbs)
             progress(done, count)
+    pixels = {size: each.array() for size, each in rows.items()}
     if native in sizes:
         pixels[native] = images
-    return Pack(pixels, thumbs, {})
+    return Pack(pixels, thumbs.array(), {})
 
 
 def _blocks(images: NDArray[np.uint8] | list[Path], sizes: Sequence[int], channels: int) -> Generator[Pack, None, None]:
@@ -202,10 +197,3 @@ def _read(place: Path, sizes: Sequence[int]) -> Pack | None:
 
 def _mapped(file: Path) -> NDArray[np.uint8]:
     return np.asarray(np.load(file, mmap_mode="r"))
-
-
-def _cannot_write(folder: Path, error: OSError) -> FlyweightError:
-    advice = "set FLYWEIGHT_CACHE to a folder"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return FlyweightError(f"the disk of {folder} is full ({error.strerror}): free some, or {advice} elsewhere")
-    return FlyweightError(f"the cache folder {folder} cannot be written ({error.strerror}): {advice} that can")

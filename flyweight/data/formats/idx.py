@@ -5,23 +5,26 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flyweight.data.cache import Rows
 from flyweight.data.source import Source
 from flyweight.errors import DataError
 
 SPLIT_PREFIXES = {"train": "train", "test": "t10k"}
 UINT8 = 0x08
 MAX_DEFLATE_RATIO = 1032
-MAX_BYTES = 4_000_000_000  # they are held in memory
+MAX_BYTES = 4_000_000_000
+AT_ONCE = 1 << 22  # bytes read
 
 
 def open(path: Path) -> Source:
-    """Grey images in memory; names of the classes come from classes.txt, one a line, or are "0", "1" … without it."""
+    """Grey images; names of the classes come from classes.txt, one a line, or are "0", "1" … without it."""
     if not path.is_dir():
         raise DataError(f"{path} is a file; give the folder that holds train-images-idx3-ubyte.gz and the others")
     images, labels = zip(*(_pair(path, prefix) for prefix in _prefixes(path).values()), strict=True)
@@ -33,7 +36,7 @@ def open(path: Path) -> Source:
     return Source(
         root=path,
         name=path.resolve().name,
-        images=np.concatenate(images)[..., None],
+        images=_joined(images),
         labels=all_labels,
         classes=_classes(path, int(all_labels.max()) + 1),
         splits=np.repeat(list(splits), list(splits.values())),
@@ -42,6 +45,14 @@ def open(path: Path) -> Source:
         size=(images[0].shape[1], images[0].shape[2]),
         licence=f"see {licence[0].name} in the data" if licence else "not stated",
     )
+
+
+def _joined(parts: Sequence[NDArray[np.uint8]]) -> NDArray[np.uint8]:
+    """The images [n, H, W] of all splits, as [N, H, W, 1]."""
+    rows = Rows((sum(map(len, parts)), *parts[0].shape[1:], 1))
+    for part in parts:
+        rows.append(part)
+    return rows.array()
 
 
 def _prefixes(path: Path) -> dict[str, str]:
@@ -76,15 +87,18 @@ def _read(file: Path, dims: int) -> NDArray[np.uint8]:
         with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
             shape = _shape(file, stream, dims)
             promised = math.prod(shape)
-            # Reading allocates at once what it is asked for, so a header that cannot be true must not ask.
+            # Room is made at once for what is promised, so a header that cannot be true must not ask.
             possible = file.stat().st_size * (MAX_DEFLATE_RATIO if file.suffix == ".gz" else 1)
-            content = stream.read(promised + 1) if promised <= possible else b""
+            rows, found = Rows(shape if promised <= possible else (0,)), 0
+            while promised <= possible and found <= promised and (part := stream.read(AT_ONCE)):
+                rows.append(part)
+                found += len(part)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read ({error}): download it again") from error
-    if len(content) != promised:
-        relation = "fewer" if len(content) < promised else "more"
+    if found != promised:
+        relation = "fewer" if found < promised else "more"
         raise DataError(f"{file} holds {relation} bytes than the {promised} its header promises: download it again")
-    return np.frombuffer(content, dtype=np.uint8).reshape(shape)
+    return rows.array()
 
 
 def _shape(file: Path, stream: BinaryIO | gzip.GzipFile, dims: int) -> tuple[int, ...]:
