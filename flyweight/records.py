@@ -48,6 +48,28 @@ class Records:
         """The records of one kind, in order."""
         return [record for record in self.past if record["kind"] == kind]
 
+    def position(self) -> int:
+        """Bytes written so far, brought to the disk itself: what `cut` goes back to."""
+        if not self.path.exists():
+            return 0
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+            return os.fstat(file.fileno()).st_size
+
+    def positions(self) -> list[tuple[Record, int]]:
+        """Each record with the byte that it begins at."""
+        found, begin = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            found.append((json.loads(line), begin))
+            begin += len(line)
+        return found
+
+    def cut(self, position: int) -> None:
+        """Drops what was written after `position`: records of work that is about to be done again."""
+        if self.path.exists() and self.path.stat().st_size > position:
+            os.truncate(self.path, position)
+            self.past = read_records(self.path)
+
     def _drop_partial_line(self) -> None:
         """Cuts off a last line that a crash left unfinished, so that the next record starts on a line of its own."""
         if not self.path.exists():

@@ -71,6 +71,10 @@ class Run:
             self.result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise FlyweightError(f"{path} is damaged: {error}") from error
+        if "shipped" not in self.result:
+            raise UsageError(
+                f"{folder} ships no classifier, being a run of flyweight train: flyweight evaluate scores it"
+            )
 
     @cached_property
     def classifier(self) -> Classifier:

@@ -259,37 +259,36 @@ class _Course:
         if record is not None:
             self.mode = record["mode"]
             return record["epochs"]
-        watched = 0.0 if self.study.epochs else PACE_SHARE * self.study.seconds / len(points)
-        for point in points[:1] if self.study.epochs else points:  # the first one's precision is that of all
-            if self._paced(point) is None:
-                self._pace(point, min(PACE_LONGEST, max(PACE_SHORTEST, watched)))
-        paces = [pace for pace in map(self._paced, points) if pace]
-        left = PLANNED * self.study.seconds - self.watch.elapsed
-        epochs = self.study.epochs or affordable_epochs(paces, self.study.seeds, left)
-        self.mode = next((pace["mode"] for pace in paces), None)
+        self.mode = self._first_mode(points)
+        epochs = self.study.epochs or self._affordable(points)
         self.records.write("plan", epochs=epochs, mode=self.mode)
         count = len(points) * self.study.seeds
         self.records.say(f"{count} trainings of {epochs:.3g} epochs each, all computed in {self.mode}")
         return epochs
 
+    def _first_mode(self, points: Sequence[Point]) -> str | None:
+        """The precision that is fastest for the first point, in which all are trained."""
+        job = self._training(points[0], 0, Clock(seconds=PACE_SHORTEST), None)
+        self._trained(points[0], job)
+        return job.mode
+
+    def _affordable(self, points: Sequence[Point]) -> float:
+        watched = min(PACE_LONGEST, max(PACE_SHORTEST, PACE_SHARE * self.study.seconds / len(points)))
+        for point in points:
+            if self._paced(point) is None:
+                self._pace(point, watched)
+        paces = [pace for pace in map(self._paced, points) if pace]
+        return affordable_epochs(paces, self.study.seeds, PLANNED * self.study.seconds - self.watch.elapsed)
+
     def _pace(self, point: Point, seconds: float) -> None:
         """Watches a short training, whose result is thrown away."""
         began = time.perf_counter()
-        job = self._training(point, 0, Clock(seconds=seconds), self.mode)
-        try:
-            trained = train(job)
-        except Diverged as error:
-            self.records.say(f"{point.name} diverged while its pace was found: {error}")
-            return
-        self.mode = self.mode or job.mode
+        trained = self._trained(point, self._training(point, 0, Clock(seconds=seconds), self.mode))
         wall = time.perf_counter() - began
-        self.records.write(
-            "pace",
-            name=point.name,
-            mode=job.mode,
-            epoch_seconds=trained.seconds / max(trained.epochs, 1e-9),
-            scoring_seconds=max(0.0, wall - seconds),
-        )
+        if trained:
+            epoch_seconds = trained.seconds / max(trained.epochs, 1e-9)
+            scoring = max(0.0, wall - trained.seconds)
+            self.records.write("pace", name=point.name, epoch_seconds=epoch_seconds, scoring_seconds=scoring)
 
     def _paced(self, point: Point) -> dict[str, Any] | None:
         return self.records.find("pace", name=point.name)
@@ -357,7 +356,7 @@ class _Course:
             "train": len(self.splits.train),
             "validation": len(self.splits.validation),
             "processor": self.machine["processor"],
-            "cores": self.machine["cores"],
+            "cores": cores(),
             "seconds": round(self.watch.elapsed, 1),
             "missing": missing,
             "points": rows,

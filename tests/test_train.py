@@ -18,21 +18,13 @@ from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import load_checkpoint, save_checkpoint
 from flyweight.train.ema import Ema
-from flyweight.train.loop import (
-    Clock,
-    Diverged,
-    Training,
-    _optimiser,
-    _State,
-    _step,
-    augmented,
-    logits,
-    normalise,
-    score,
-    train,
-)
-from flyweight.train.platform import interrupts_between_steps, precision
+from flyweight.train.faults import signals_between_steps
+from flyweight.train.inputs import augmented, normalise
+from flyweight.train.loop import Clock, Diverged, Training, _step, logits, score, train
+from flyweight.train.optimisers import make
+from flyweight.train.platform import precision
 from flyweight.train.recipe import Recipe, rate, recipe_for
+from flyweight.train.state import State
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +105,8 @@ def test_cutout_hides_a_square_of_the_size_asked_for() -> None:
 def test_a_batch_is_normalised_and_channels_last(size: int, channels: int) -> None:
     images = torch.randint(0, 256, (8, size, size, channels), dtype=torch.uint8, generator=rng())
     preprocess = Preprocess((size, size), channels, (100.0,) * channels, (50.0,) * channels)
-    batch = augmented(images, preprocess, replace(recipe_for(size), cutout=0.2), rng())
+    recipe = replace(recipe_for(size), cutout=0.2)
+    batch, _ = augmented(images, torch.zeros(8, dtype=torch.int64), 10, preprocess, recipe, rng())
     assert batch.shape == (8, channels, size, size)
     assert batch.is_contiguous(memory_format=torch.channels_last)
     plain = normalise(images, preprocess)
@@ -207,11 +200,10 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(splits, tmp_path:
 
 def test_a_signal_waits_for_the_end_of_the_step() -> None:
     handler = signal.getsignal(signal.SIGTERM)
-    with interrupts_between_steps() as check:
-        check()
+    with signals_between_steps() as signals:
+        assert not signals.came
         os.kill(os.getpid(), signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            check()
+        assert signals.came
         with pytest.raises(KeyboardInterrupt):  # the second does not wait
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) is handler
@@ -283,9 +275,7 @@ def test_preprocess_statistics_are_those_of_the_pictures(splits) -> None:
 def test_fine_tuning_learns_the_head_first_and_then_less_the_deeper(splits) -> None:
     task = job(splits, epochs=1.0, images=512, features=0.1, depth=0.5, head_first=0.5)
     stages = list(task.net.features.children())  # type: ignore[union-attr]
-    shares = {
-        id(p): group["share"] for group in _optimiser(task.net, task.recipe).param_groups for p in group["params"]
-    }
+    shares = {id(p): group["share"] for group in make(task.net, task.recipe).param_groups for p in group["params"]}
     assert len(shares) == len(list(task.net.parameters()))
     assert {shares[id(p)] for p in task.net.head.parameters()} == {1.0}  # type: ignore[union-attr]
     last, before = (list(stage.parameters()) for stage in (stages[-1], stages[-2]))
@@ -294,7 +284,7 @@ def test_fine_tuning_learns_the_head_first_and_then_less_the_deeper(splits) -> N
 
     first = [p.detach().clone() for p in task.net.features.parameters()]  # type: ignore[union-attr]
     head = [p.detach().clone() for p in task.net.head.parameters()]  # type: ignore[union-attr]
-    state = _State(task)
+    state = State(task)
     task.net.train()
     _step(task, state, np.arange(64), progress=0.4)
     assert all(torch.equal(a, b) for a, b in zip(first, task.net.features.parameters(), strict=True))  # type: ignore[union-attr]

@@ -2,316 +2,220 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flyweight.data import Dataset, augment
-from flyweight.errors import FlyweightError
-from flyweight.net import Net
+from flyweight.data import Dataset
+from flyweight.errors import UsageError
 from flyweight.preprocess import Preprocess
-from flyweight.train.checkpoint import load_checkpoint, restore, save_checkpoint
-from flyweight.train.ema import Ema
-from flyweight.train.platform import (
-    faster_precision,
-    interrupts_between_steps,
-    keep_freed_memory,
-    precision,
-    set_threads,
-)
-from flyweight.train.recipe import SMALL, Recipe, rate
+from flyweight.train.device import choose_device, device_of, mixed_precision
+from flyweight.train.distributed import Group, align, combine, current, synchronised
+from flyweight.train.faults import Signals, Watch, give_back_memory, is_out_of_memory, signals_between_steps
+from flyweight.train.inputs import augmented, normalise, shrunk
+from flyweight.train.losses import loss_of
+from flyweight.train.platform import cores, faster_precision, keep_freed_memory, precision, set_threads
+from flyweight.train.recipe import rate, side
+from flyweight.train.state import State
+from flyweight.train.statistics import reestimate
+from flyweight.train.task import Clock, Diverged, Trained, Training
+
+__all__ = ["Clock", "Diverged", "Trained", "Training", "logits", "normalise", "score", "train"]
 
 EMA_EVERY = 4
 CHECK_EVERY = 20
 SCORED_AT_ONCE = 250
 REPORT_EVERY = 0.04  # of the training: scoring after each of many short epochs would cost more than it tells
-CHECKPOINT_SECONDS = 15.0
-
-
-class Diverged(FlyweightError):
-    """The loss is no longer a number."""
-
-
-@dataclass
-class Clock:
-    """How much of the training is done: by time (`seconds`) or, exactly repeatable, by `epochs`."""
-
-    seconds: float | None = None
-    epochs: float | None = None
-    spent: float = 0.0
-    _since: float = field(default=0.0, repr=False)
-
-    def start(self) -> None:
-        """Time runs from here; what was spent before counts."""
-        self._since = time.perf_counter() - self.spent
-
-    def progress(self, epochs: float) -> float:
-        """In [0, 1] and beyond, after `epochs` of the data."""
-        self.spent = time.perf_counter() - self._since
-        if self.epochs is not None:
-            return epochs / self.epochs
-        assert self.seconds is not None
-        return self.spent / self.seconds
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What came of a training: `accuracy` of the averaged weights on the validation pictures."""
-
-    epochs: float
-    steps: int
-    seconds: float
-    accuracy: float
-    loss: float
-
-
-@dataclass
-class Training:
-    """One training: network, data, recipe, clock. `emit` takes the figures of an epoch, `progress` the share done;
-    `checkpoint` is where to keep state."""
-
-    net: nn.Module
-    data: Dataset
-    validation: Dataset
-    preprocess: Preprocess
-    recipe: Recipe
-    clock: Clock
-    seed: int = 0
-    emit: Callable[[dict[str, Any]], None] = lambda record: None
-    progress: Callable[[float], None] = lambda share: None
-    checkpoint: Path | None = None
-    mode: str | None = None
-
-    def pixels(self, indices: np.ndarray) -> Tensor:
-        """Training pictures, uint8 [n, H, W, C]."""
-        return torch.from_numpy(self.data.batch(self.preprocess.size[0], indices))
-
-
-def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
-    """uint8 [N, H, W, C] → float32 [N, C, H, W] in channels-last memory, (pixel − mean) / std."""
-    mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
-    return ((images.float() - mean) / std).permute(0, 3, 1, 2)
-
-
-def augmented(images: Tensor, preprocess: Preprocess, recipe: Recipe, rng: torch.Generator) -> Tensor:
-    """A training batch: uint8 [N, H, W, C] varied by the recipe, → float32 [N, C, H, W] in channels-last memory."""
-    if max(preprocess.size) <= SMALL:
-        x = normalise(augment.shift_and_flip(images, recipe.shift, recipe.flip, rng), preprocess)
-    else:
-        x = augment.zoom_and_turn(normalise(images, preprocess), recipe.zoom, recipe.flip, rng)
-        x = augment.tone(x, recipe.tone, rng)
-    if recipe.cutout:
-        x = augment.cutout(x, recipe.cutout, rng)
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def logits(net: nn.Module, data: Dataset, preprocess: Preprocess, mirror: bool = False) -> Tensor:
-    """float32 [N, classes] for all pictures (or their mirror images), in evaluation mode, without augmentation."""
-    training = net.training
-    net.eval()
-    out = []
-    for start in range(0, len(data), SCORED_AT_ONCE):
-        indices = np.arange(start, min(start + SCORED_AT_ONCE, len(data)))
-        x = normalise(torch.from_numpy(data.batch(preprocess.size[0], indices)), preprocess)
-        out.append(net(x.flip(3) if mirror else x).float())
-    net.train(training)
-    return torch.cat(out)
-
-
-def score(outputs: Tensor, labels: np.ndarray) -> tuple[float, float]:
-    """(top-1 accuracy, mean cross-entropy) of logits [N, classes]."""
-    truth = torch.from_numpy(labels)
-    accuracy = (outputs.argmax(1) == truth).float().mean().item()
-    return accuracy, F.cross_entropy(outputs, truth).item()
-
-
-def _by_depth(net: nn.Module, recipe: Recipe) -> list[tuple[float, list[nn.Parameter]]]:
-    """Parameters with the share of the learning rate that they get: all alike, or less the farther from the answer."""
-    if not isinstance(net, Net) or recipe.features == recipe.depth == 1:
-        return [(1.0, list(net.parameters()))]
-    stages = list(net.features.children())
-    shares = [recipe.features * recipe.depth ** (len(stages) - 1 - i) for i in range(len(stages))]
-    heads = [*net.head.parameters(), *net.aux.parameters()]
-    return [(1.0, heads), *((share, list(each.parameters())) for share, each in zip(shares, stages, strict=True))]
-
-
-def _optimiser(net: nn.Module, recipe: Recipe) -> torch.optim.SGD:
-    groups: list[dict[str, Any]] = []
-    for share, parameters in _by_depth(net, recipe):
-        decayed, free = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        groups.append({"params": decayed, "weight_decay": recipe.weight_decay, "share": share})
-        groups.append({"params": free, "weight_decay": 0.0, "share": share})
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, nesterov=True, fused=True)
-
-
-class _State:
-    """Everything that a checkpoint holds."""
-
-    def __init__(self, job: Training) -> None:
-        self.job = job
-        self.optimiser = _optimiser(job.net, job.recipe)
-        self.ema = Ema(job.net, job.recipe.ema)
-        self.rng = torch.Generator().manual_seed(job.seed)
-        self.order = np.random.default_rng(job.seed)
-        self.epoch_order = self.order.bit_generator.state  # as it was before this epoch's permutation was drawn
-        self.position = 0  # batches of this epoch that are done
-        self.figures: tuple[float, float] | None = None  # accuracy and loss when last reported
-        self.whole = True  # not in the middle of a step
-        self.step = 0
-        self.seen = 0
-        self.saved = time.perf_counter()
-
-    @property
-    def epochs(self) -> float:
-        return self.seen / len(self.job.data)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {f"net.{name}": t for name, t in self.job.net.state_dict(keep_vars=True).items()}
-        tensors |= {f"ema.{name}": t for name, t in self.ema.average.items()}
-        parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
-        for i, p in enumerate(parameters):
-            momentum = self.optimiser.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            tensors[f"momentum.{i}"] = momentum
-        return tensors
-
-    def save(self) -> None:
-        if self.job.checkpoint is None:
-            return
-        values = {
-            "step": self.step,
-            "seen": self.seen,
-            "spent": self.job.clock.spent,
-            "mode": self.job.mode,
-            "order": self.epoch_order,
-            "position": self.position,
-        }
-        save_checkpoint(self.job.checkpoint, {**self._tensors(), "rng": self.rng.get_state()}, values)
-        self.saved = time.perf_counter()
-
-    def resume(self) -> None:
-        """Takes up the checkpoint where there is one."""
-        if self.job.checkpoint is None or not self.job.checkpoint.exists():
-            return
-        stored, values = load_checkpoint(self.job.checkpoint)
-        self.rng.set_state(stored.pop("rng"))
-        restore(self._tensors(), stored)
-        self.step, self.seen, self.job.mode = values["step"], values["seen"], values["mode"]
-        self.job.clock.spent = values["spent"]
-        self.order.bit_generator.state, self.position = values["order"], values["position"]
-
-    def batches(self) -> Iterator[np.ndarray]:
-        """Random batches without end; each epoch is a fresh permutation, its incomplete last batch dropped."""
-        n, size = len(self.job.data), min(self.job.recipe.batch_size, len(self.job.data))
-        while True:
-            self.epoch_order = self.order.bit_generator.state
-            order = self.order.permutation(n)
-            while self.position < n // size:
-                yield order[self.position * size : (self.position + 1) * size]
-            self.position = 0
 
 
 def train(job: Training) -> Trained:
-    """Trains until the clock has run out and leaves the averaged weights in the network, in evaluation mode.
+    """Trains until the clock has run out and leaves the weights that are kept in the network, in evaluation mode.
 
-    Takes up `job.checkpoint` where it exists; writes it again every few seconds and when interrupted. Raises Diverged
-    when the loss is not finite.
+    They are the averages, or where the recipe has patience the best of them. Takes up `job.checkpoint` where there is
+    one; writes it at the start, every few seconds and when interrupted. Within `distributed.joined` each process takes
+    its share of every batch. Raises Diverged when the loss is not finite.
     """
-    keep_freed_memory()
-    set_threads()
-    net = job.net.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    state = _State(job)
-    state.resume()
-    job.mode = job.mode or _fastest_mode(job)
-    job.clock.start()
-    losses: list[Tensor] = []
-    epoch, reported = int(state.epochs), 0.0
-    try:
-        with precision(net, job.mode), interrupts_between_steps() as check:
-            for indices in state.batches():
-                progress = job.clock.progress(state.epochs)
-                if progress >= 1:
-                    break
-                job.progress(progress)
-                losses.append(_step(job, state, indices, progress))
-                check()
-                if state.step % CHECK_EVERY == 0 and not torch.isfinite(losses[-1]):
-                    raise Diverged(
-                        f"the loss became {losses[-1].item()} after {state.step} steps; lower the learning rate"
-                    )
-                if state.epochs >= epoch + 1 and progress >= reported + REPORT_EVERY:
-                    epoch, reported = int(state.epochs), progress
-                    state.figures = _report(job, state, progress, losses)
-                    losses = []
-                if time.perf_counter() - state.saved > CHECKPOINT_SECONDS:
-                    state.save()
-    except KeyboardInterrupt:
-        if state.whole:
+    group = current()
+    with _place(job, group), _random_numbers(job.seed + group.rank):
+        align(group, job.net)
+        state = State(job, group)
+        if not state.resume():
+            job.mode = group.from_first(job.mode or _fastest_mode(job, state))
+            torch.manual_seed(job.seed + group.rank)
             state.save()
-        raise
-    return _finish(job, state, losses)
+        job.clock.start()
+        with precision(job.net, job.mode or "float32"), _shared_statistics(job, group):
+            _run(job, state)
+            return _finish(job, state)
 
 
-def _step(job: Training, state: _State, indices: np.ndarray, progress: float) -> Tensor:
-    """One step of gradient descent; returns the loss."""
+@contextmanager
+def _place(job: Training, group: Group) -> Iterator[None]:
+    """Within it the network is ready to train on the job's device; afterwards it is back on the processor."""
+    if min(job.recipe.batch_size, len(job.data)) < group.size:
+        raise UsageError(f"a batch of {job.recipe.batch_size} pictures cannot be shared by {group.size} processes")
+    if not job.recipe.plain:
+        keep_freed_memory()
+    if job.threads is None and group.local == 1:
+        set_threads()
+    else:
+        torch.set_num_threads(job.threads or max(1, cores() // group.local))
+    layout = torch.contiguous_format if job.recipe.plain else torch.channels_last
+    job.net.to(device=choose_device(job.device), memory_format=layout).train()  # type: ignore[call-overload]
+    try:
+        yield
+    finally:
+        job.net.to("cpu")
+
+
+@contextmanager
+def _random_numbers(seed: int) -> Iterator[None]:
+    """Within it torch draws by this seed, for dropout; the caller's generators stay as they are."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def _shared_statistics(job: Training, group: Group) -> AbstractContextManager[None]:
+    return synchronised(job.net, group) if job.sync_batchnorm and group.size > 1 else nullcontext()
+
+
+def _run(job: Training, state: State) -> None:
+    """Steps until the clock has run out, the recipe's patience is at an end, or a signal comes."""
+    watch = Watch(torch.get_num_threads() * state.group.local)
+    with signals_between_steps(several=state.group.size > 1) as signals:
+        try:
+            for indices in state.batches():
+                progress = _agreed_progress(job, state, signals)
+                if progress >= 1 or state.stopped:
+                    return
+                job.progress(progress)
+                loss = _step(job, state, indices, progress)
+                if state.at.step % CHECK_EVERY == 0:
+                    _check(loss, state, "loss")
+                    if sentence := watch.disturbance():
+                        job.note(sentence)
+                if state.epochs >= state.at.epoch + 1 and progress >= state.at.reported + REPORT_EVERY:
+                    _report(job, state, progress)
+        except KeyboardInterrupt:
+            if state.whole and state.group.size == 1:
+                state.save()
+            raise
+
+
+def _agreed_progress(job: Training, state: State, signals: Signals) -> float:
+    """The share done, by the first process's clock. Saves when it is time to; raises KeyboardInterrupt after a signal
+    to any process."""
+    progress, due = job.clock.progress(state.epochs), time.perf_counter() - state.saved > job.checkpoint_seconds
+    if not state.group.first:
+        progress, due = -math.inf, False
+    progress, stop, save = state.group.agree(progress, float(signals.came), float(due))
+    if stop or save:
+        state.save()
+    if stop:
+        raise KeyboardInterrupt
+    return progress
+
+
+def _step(job: Training, state: State, indices: np.ndarray, progress: float) -> Tensor:
+    """One step of gradient descent on a batch of all processes; returns its loss."""
     state.whole = False
     for group in state.optimiser.param_groups:
         waits = group["share"] < 1 and progress < job.recipe.head_first
         group["lr"] = 0.0 if waits else rate(job.recipe, progress) * group["share"]
-    x = augmented(job.pixels(indices), job.preprocess, job.recipe, state.rng)
-    loss = _loss(job, x, torch.from_numpy(job.data.labels[indices]))
-    loss.backward()
+    mine = state.group.share(indices)
+    x, targets = _batch(job, state, mine, progress)
+    loss = _gradients(job, state, x, targets, len(mine) / len(indices))
+    combine(state.group, job.net, loss)
     state.optimiser.step()
     state.optimiser.zero_grad()
-    state.step += 1
-    state.seen += len(indices)
-    if state.step % EMA_EVERY == 0:
-        state.ema.update(state.step, EMA_EVERY)
-    state.position += 1
+    state.losses += loss
+    at = state.at
+    at.step += 1
+    at.unreported += 1
+    at.seen += len(indices)
+    at.position += 1
+    if at.step % EMA_EVERY == 0:
+        state.ema.update(at.step, EMA_EVERY)
     state.whole = True
-    return loss.detach()
+    return loss
 
 
-def _loss(job: Training, x: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy of the answers, plus that of auxiliary heads where the network has them, at their weight."""
-    smoothing = job.recipe.label_smoothing
-    if not isinstance(job.net, Net) or not job.net.aux:
-        return F.cross_entropy(job.net(x).float(), truth, label_smoothing=smoothing)
-    outputs, others = job.net.forward_aux(x)
-    aux = torch.stack([F.cross_entropy(other.float(), truth, label_smoothing=smoothing) for other in others])
-    return F.cross_entropy(outputs.float(), truth, label_smoothing=smoothing) + job.net.aux_weight * aux.sum()
+def _batch(job: Training, state: State, indices: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
+    """Pictures varied by the recipe, at the size of this stage, and their targets, ready for the network."""
+    labels = torch.from_numpy(job.data.labels[indices])
+    x, targets = augmented(job.pixels(indices), labels, len(job.data.classes), job.preprocess, job.recipe, state.rng)
+    state.at.side = side(job.recipe, progress, job.preprocess.size[0])
+    return _ready(job.net, shrunk(x, state.at.side)), targets.to(device_of(job.net))
 
 
-def _fastest_mode(job: Training) -> str:
+def _ready(net: nn.Module, x: Tensor) -> Tensor:
+    """Pictures where the network is, in its number format."""
+    first = next(net.parameters(), x)
+    return x.to(first.device, first.dtype)
+
+
+def _gradients(job: Training, state: State, x: Tensor, targets: Tensor, weight: float) -> Tensor:
+    """Leaves the gradients of `weight` times the mean loss; returns that. Where memory does not suffice, in parts."""
+    while True:
+        try:
+            return _accumulated(job, state, x, targets, weight)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        state.optimiser.zero_grad()  # here the failed pass's frames, and what they hold, are gone
+        give_back_memory()
+        state.halve(len(x))
+
+
+def _accumulated(job: Training, state: State, x: Tensor, targets: Tensor, weight: float) -> Tensor:
+    parts = -(-len(x) // (state.at.micro or len(x)))
+    total = torch.zeros_like(state.losses)
+    for pictures, truth in zip(x.tensor_split(parts), targets.tensor_split(parts), strict=True):
+        with mixed_precision(x.device, job.recipe.plain):
+            loss = loss_of(job.net, pictures, truth, job.recipe, job.teacher) * (weight * len(pictures) / len(x))
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def _fastest_mode(job: Training, state: State) -> str:
     """The faster precision for this network, by a few training steps whose effects are undone."""
-    indices = np.arange(min(job.recipe.batch_size, len(job.data)))
-    x = augmented(job.pixels(indices), job.preprocess, job.recipe, torch.Generator().manual_seed(0))
+    if job.recipe.plain or job.sync_batchnorm or device_of(job.net).type != "cpu":
+        return "float32"  # fused layers have batch statistics of their own
+    indices = state.group.share(np.arange(min(job.recipe.batch_size, len(job.data))))
     kept = {name: buffer.clone() for name, buffer in job.net.named_buffers()}
+    generator = state.rng.get_state()
+    x, targets = _batch(job, state, indices, 1.0)
+    state.rng.set_state(generator)
 
     def step() -> None:
-        _loss(job, x, torch.from_numpy(job.data.labels[indices])).backward()
+        _gradients(job, state, x, targets, 1.0)
 
     mode = faster_precision(job.net, step)
-    job.net.zero_grad()
+    state.optimiser.zero_grad()
     for name, buffer in job.net.named_buffers():
         buffer.copy_(kept[name])
     return mode
 
 
-def _report(job: Training, state: _State, progress: float, losses: Sequence[Tensor]) -> tuple[float, float]:
+def _check(loss: Tensor | float, state: State, name: str) -> None:
+    value = float(loss)
+    if not math.isfinite(value):
+        raise Diverged(f"the {name} became {value} after {state.at.step} steps; lower the learning rate")
+
+
+def _report(job: Training, state: State, progress: float) -> None:
     """Scores the averaged weights on the validation pictures and emits the epoch's record."""
     with state.ema.applied():
-        accuracy, loss = score(logits(job.net, job.validation, job.preprocess), job.validation.labels)
-    if not math.isfinite(loss):
-        raise Diverged(f"the validation loss became {loss} after {state.step} steps; lower the learning rate")
-    train_loss = torch.stack(list(losses)).mean().item() if losses else None
+        accuracy, loss = _scored(job, state.group)
+    _check(loss, state, "validation loss")
+    train_loss = state.losses.item() / state.at.unreported if state.at.unreported else None
+    state.scored(accuracy, loss, progress)
     job.emit(
         {
             "epoch": round(state.epochs, 3),
@@ -322,16 +226,53 @@ def _report(job: Training, state: _State, progress: float, losses: Sequence[Tens
             "val_top1": accuracy,
         }
     )
-    return accuracy, loss
 
 
-def _finish(job: Training, state: _State, losses: Sequence[Tensor]) -> Trained:
-    """Leaves the averages in the network and scores them."""
-    if state.figures is None or losses:  # else the last step was reported already
-        state.figures = _report(job, state, 1.0, losses)
-    accuracy, loss = state.figures
-    with torch.no_grad():
-        for name, live in state.ema.live.items():
-            live.copy_(state.ema.average[name])
+def _scored(job: Training, group: Group) -> tuple[float, float]:
+    """Accuracy and loss on the validation pictures, of which each process takes its share."""
+    mine = job.validation
+    if group.size > 1:
+        mine = mine.subset(group.share(np.arange(len(mine))))
+    parts = group.gather(logits(job.net, mine, job.preprocess))
+    return score(torch.cat(parts), job.validation.labels)
+
+
+def _finish(job: Training, state: State) -> Trained:
+    """Scores what has not been, and leaves the weights that are kept in the network."""
+    if state.at.accuracy is None or state.at.unreported:  # else the last step was reported already
+        _report(job, state, 1.0)
+    accuracy, loss = state.settle()
+    if job.recipe.reestimate:
+        reestimate(job.net, _plain_batches(job, job.recipe.reestimate))
+        accuracy, loss = _scored(job, state.group)
     job.net.eval()
-    return Trained(state.epochs, state.step, job.clock.spent, accuracy, loss)
+    return Trained(state.epochs, state.at.step, job.clock.spent, accuracy, loss)
+
+
+def _plain_batches(job: Training, count: int) -> Iterator[Tensor]:
+    """Random training pictures as they are, in up to `count` whole batches."""
+    size = min(job.recipe.batch_size, len(job.data))
+    order = np.random.default_rng(job.seed).permutation(len(job.data))
+    for start in range(0, min(count, len(order) // size) * size, size):
+        yield _ready(job.net, normalise(job.pixels(order[start : start + size]), job.preprocess))
+
+
+@torch.no_grad()
+def logits(net: nn.Module, data: Dataset, preprocess: Preprocess, mirror: bool = False) -> Tensor:
+    """float32 [N, classes] for all pictures (or their mirror images), in evaluation mode, without augmentation."""
+    training = net.training
+    net.eval()
+    out = []
+    for start in range(0, len(data), SCORED_AT_ONCE):
+        indices = np.arange(start, min(start + SCORED_AT_ONCE, len(data)))
+        x = _ready(net, normalise(torch.from_numpy(data.batch(preprocess.size[0], indices)), preprocess))
+        out.append(net(x.flip(3) if mirror else x).float().cpu())
+    net.train(training)
+    return torch.cat(out)
+
+
+def score(outputs: Tensor, labels: np.ndarray) -> tuple[float, float]:
+    """(top-1 accuracy, mean cross-entropy) of logits [N, classes]."""
+    truth = torch.from_numpy(labels)
+    accuracy = (outputs.argmax(1) == truth).float().mean().item()
+    return accuracy, F.cross_entropy(outputs, truth).item()

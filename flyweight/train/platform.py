@@ -1,13 +1,15 @@
 """What the machine at hand needs to train fast: memory that is kept, and bfloat16 where it pays."""
 
 import ctypes
+import hashlib
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
 from types import MethodType
 
@@ -15,6 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flyweight.data.pack import cache_folder
+from flyweight.train import kernels
+from flyweight.train.checkpoint import write_atomically
+from flyweight.train.fused import fused
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = ("float32", "bfloat16", "fused")
+NEAR = 1.5  # times the fastest: what is slower than that at first is not measured again
 # glibc's mallopt parameters (malloc.h).
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -53,20 +64,29 @@ def _float_linear(linear: nn.Linear, x: Tensor) -> Tensor:
 
 @contextmanager
 def precision(net: nn.Module, name: str) -> Iterator[None]:
-    """Within it the network computes in `name`: "float32", or "bfloat16" in its ungrouped convolutions.
+    """Within it the network computes in `name`: "float32", "bfloat16" in its ungrouped convolutions, or "fused".
 
-    Grouped convolutions, whose bfloat16 kernels on CPUs are many times slower, and the last layer stay in float32.
+    "bfloat16" leaves grouped convolutions, whose kernels in torch are many times slower then, in float32. "fused" keeps
+    all activations in bfloat16, in kernels of our own; where those cannot be built, it says so and is "bfloat16".
     """
+    if name == "fused" and (reason := kernels.missing()):
+        log.warning("training goes on without fused layers: %s", reason)
+        name = "bfloat16"
+    with fused(net) if name == "fused" else _dense_in_bfloat16(net) if name == "bfloat16" else nullcontext():
+        yield
+
+
+@contextmanager
+def _dense_in_bfloat16(net: nn.Module) -> Iterator[None]:
     changed: list[nn.Module] = []
-    if name == "bfloat16":
-        for leaf in net.modules():
-            if isinstance(leaf, nn.Conv2d):
-                leaf.forward = MethodType(_dense if leaf.groups == 1 else _float_conv, leaf)
-            elif isinstance(leaf, nn.Linear):
-                leaf.forward = MethodType(_float_linear, leaf)
-            else:
-                continue
-            changed.append(leaf)
+    for leaf in net.modules():
+        if isinstance(leaf, nn.Conv2d):
+            leaf.forward = MethodType(_dense if leaf.groups == 1 else _float_conv, leaf)
+        elif isinstance(leaf, nn.Linear):
+            leaf.forward = MethodType(_float_linear, leaf)
+        else:
+            continue
+        changed.append(leaf)
     try:
         yield
     finally:
@@ -102,15 +122,32 @@ def interrupts_between_steps() -> Iterator[Callable[[], None]]:
 
 
 def faster_precision(net: nn.Module, step: Callable[[], None]) -> str:
-    """The precision in which `step` (a training step of `net`) runs faster here, by a few interleaved runs of each."""
-    seconds = dict.fromkeys(("float32", "bfloat16"), float("inf"))
+    """The precision in which `step` (a training step of `net`) runs fastest here; remembered for machine and network.
+
+    Each is run once, then those near the best again, in turn.
+    """
+    told = f"{kernels.machine()} {getattr(net, 'spec', '')} {net}"
+    place = cache_folder() / "precision" / hashlib.sha256(told.encode()).hexdigest()[:20]
+    known = place.read_text(encoding="utf-8") if place.is_file() else ""
+    if known in PRECISIONS:
+        return known
+    names = [name for name in PRECISIONS if name != "fused" or not kernels.missing()]
+    seconds = {name: _seconds(net, name, step) for name in names}
     for _ in range(2):
-        for name in seconds:
-            with precision(net, name):
-                start = time.perf_counter()
-                step()
-                seconds[name] = min(seconds[name], time.perf_counter() - start)
-    return min(seconds, key=lambda name: seconds[name])
+        for name in [name for name in names if seconds[name] < NEAR * min(seconds.values())]:
+            seconds[name] = min(seconds[name], _seconds(net, name, step))
+    best = min(seconds, key=lambda name: seconds[name])
+    with suppress(OSError):  # then it is measured again
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(place, best.encode())
+    return best
+
+
+def _seconds(net: nn.Module, name: str, step: Callable[[], None]) -> float:
+    with precision(net, name):
+        start = time.perf_counter()
+        step()
+        return time.perf_counter() - start
 
 
 def set_threads() -> None:
