@@ -17,11 +17,11 @@ help: ## show this list
 demo: install ## run the main job on the data that comes with the package, and say where the report is
 	$(RUN) flyweight fit demo --budget "latency<=1ms, size<=200KB" --time 2m
 
-test: install-dev ## run the tests
-	$(RUN) pytest
+test: install-dev ## run the tests, a file at a time on each core
+	$(RUN) pytest --numprocesses auto --dist loadfile
 
 test-all: install-dev ## run the tests and those that train at full size
-	$(RUN) pytest -m ""
+	$(RUN) pytest --numprocesses auto --dist loadfile -m ""
 
 lint: install-dev ## look for mistakes and check the format
 	$(RUN) ruff check

@@ -36,6 +36,7 @@ from flyweight.ship import write_json
 from flyweight.train.loop import Clock, Diverged, Trained, Training, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import Recipe, recipe_for
+from flyweight.training import changed
 from flyweight.zoo import build, spec_of
 
 FILE = "sweep.json"
@@ -198,21 +199,12 @@ def points_of(study: Study, native: tuple[int, int], channels: int, classes: int
         args = {name: value for name, value in chosen.items() if name not in RECIPE and name != "resolution"}
         args = {**FROM_SCRATCH, **small, **args, "num_classes": classes, "in_chans": channels}
         usual = side if small else min(side, spec_of(study.model, **args).input[1])
+        changes = {name: value for name, value in chosen.items() if name in RECIPE}
         spec = spec_of(study.model, size=int(chosen.get("resolution", usual)), **args)
-        points.append(Point(settings, spec, _recipe(spec, chosen)))
+        points.append(Point(settings, spec, changed(recipe_for(spec.input[1]), changes)))
     for point in points:
         _check(point)
     return points
-
-
-def _recipe(spec: Spec, chosen: Mapping[str, Any]) -> Recipe:
-    """The usual recipe with some fields changed. Raises UsageError for a value of another kind."""
-    usual = recipe_for(spec.input[1])
-    for name in chosen.keys() & RECIPE:
-        value, kind = chosen[name], type(getattr(usual, name))
-        if not isinstance(value, (int, float) if kind is float else kind) or isinstance(value, bool) != (kind is bool):
-            raise UsageError(f"{name} of a recipe takes a {kind.__name__}, not {value!r}")
-    return replace(usual, **{name: value for name, value in chosen.items() if name in RECIPE})
 
 
 def _check(point: Point) -> None:
@@ -334,6 +326,7 @@ class _Course:
             clock=clock,
             seed=seed,
             progress=progress,
+            note=self.records.say,
             mode=mode,
         )
 

@@ -7,6 +7,14 @@ from pathlib import Path
 import pytest
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Each of several workers keeps to a core of its own: two that want all of them wait for each other."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        own = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {own[int(worker) % len(own)]})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def no_cached_weights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Jobs start from weights that are cached, so the tests have a cache of their own."""

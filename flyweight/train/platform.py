@@ -4,14 +4,13 @@ import ctypes
 import hashlib
 import logging
 import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +22,8 @@ from flyweight.train.checkpoint import write_atomically
 from flyweight.train.fused import fused
 
 log = logging.getLogger(__name__)
+
+Forward = Callable[[Any, Tensor], Tensor]
 
 PRECISIONS = ("float32", "bfloat16", "fused")
 NEAR = 1.5  # times the fastest: what is slower than that at first is not measured again
@@ -58,6 +59,17 @@ def _float_conv(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv._conv_forward(x.float(), conv.weight, conv.bias)
 
 
+def _strided_point(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 × 1 convolution with a stride, of the positions that it reads alone.
+
+    oneDNN's own backward pass, in torch 2.13, kills the process for some shapes in channels-last memory: 8 channels
+    into 16 at stride 2, pictures of 48 × 48.
+    """
+    down, right = conv.stride
+    x = x[:, :, ::down, ::right].contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x.to(conv.weight.dtype), conv.weight, conv.bias, groups=conv.groups)
+
+
 def _float_linear(linear: nn.Linear, x: Tensor) -> Tensor:
     return F.linear(x.float(), linear.weight, linear.bias)
 
@@ -72,53 +84,34 @@ def precision(net: nn.Module, name: str) -> Iterator[None]:
     if name == "fused" and (reason := kernels.missing()):
         log.warning("training goes on without fused layers: %s", reason)
         name = "bfloat16"
-    with fused(net) if name == "fused" else _dense_in_bfloat16(net) if name == "bfloat16" else nullcontext():
+    with fused(net) if name == "fused" else _by_leaf(net, _in_bfloat16 if name == "bfloat16" else _in_float32):
         yield
 
 
+def _in_bfloat16(leaf: nn.Module) -> Forward | None:
+    if isinstance(leaf, nn.Conv2d):
+        return _dense if leaf.groups == 1 else _float_conv
+    return _float_linear if isinstance(leaf, nn.Linear) else None
+
+
+def _in_float32(leaf: nn.Module) -> Forward | None:
+    strided = type(leaf) is nn.Conv2d and leaf.kernel_size == (1, 1) and leaf.stride != (1, 1)
+    return _strided_point if strided and leaf.padding == (0, 0) else None
+
+
 @contextmanager
-def _dense_in_bfloat16(net: nn.Module) -> Iterator[None]:
+def _by_leaf(net: nn.Module, choose: Callable[[nn.Module], Forward | None]) -> Iterator[None]:
+    """Within it leaves compute as `choose` says, where it says anything."""
     changed: list[nn.Module] = []
     for leaf in net.modules():
-        if isinstance(leaf, nn.Conv2d):
-            leaf.forward = MethodType(_dense if leaf.groups == 1 else _float_conv, leaf)
-        elif isinstance(leaf, nn.Linear):
-            leaf.forward = MethodType(_float_linear, leaf)
-        else:
-            continue
-        changed.append(leaf)
+        if forward := choose(leaf):
+            leaf.forward = MethodType(forward, leaf)
+            changed.append(leaf)
     try:
         yield
     finally:
         for leaf in changed:
             del leaf.forward
-
-
-@contextmanager
-def interrupts_between_steps() -> Iterator[Callable[[], None]]:
-    """Within it Ctrl-C and SIGTERM wait for the function it gives to be called, which then raises KeyboardInterrupt.
-
-    So a checkpoint is never written from the middle of a step. A second Ctrl-C does not wait. Only the main thread
-    receives signals; elsewhere nothing changes.
-    """
-    came: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if came:
-            raise KeyboardInterrupt
-        came.append(number)
-
-    def check() -> None:
-        if came:
-            raise KeyboardInterrupt
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
-        yield check
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def faster_precision(net: nn.Module, step: Callable[[], None]) -> str:
