@@ -393,9 +393,10 @@ def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Variant, Net
         run = engine.load(data, cores())
         pixels = splits.validation.batch(preprocess.size[0])
         answered = np.concatenate([run(pixels[i : i + 250]).argmax(axis=1) for i in range(0, len(pixels), 250)])
-        accuracy = float((answered == splits.validation.labels).mean())
+        parity = compare(outputs.argmax(axis=1), answered, splits.validation.labels, name == FLOAT)
+        accuracy = parity.exported_top1
         measured = measures(counted, name, len(data), speed.p50, accuracy)
-        variants.append(Variant(name, data, speed, accuracy, measured, work.budget.excess(measured)))
+        variants.append(Variant(name, data, speed, accuracy, measured, work.budget.excess(measured), parity.passed))
     shipped = choose(variants)
     for variant in variants:
         work.records.write("variant", **variant.to_json(variant is shipped))

@@ -448,7 +448,11 @@ class TestLoading:
 
     def test_another_shape_is_refused(self, server: Server, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match="do not fit this squeezenet"):
-            self.load(server, tmp_path, squeezenet(server), width=0.5)
+            self.load(server, tmp_path, squeezenet(server), width=1.5)
+
+    def test_a_narrower_network_takes_the_largest_filters(self, server: Server, tmp_path: Path) -> None:
+        *_, changes = self.load(server, tmp_path, squeezenet(server), width=0.5)
+        assert any("with the largest filters" in change for change in changes)
 
     def test_a_file_of_another_network_is_refused(self, server: Server, tmp_path: Path) -> None:
         published(server, tmp_path, squeezenet(server))

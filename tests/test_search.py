@@ -157,10 +157,9 @@ def test_halving_finds_the_best_of_those_tried() -> None:
     assert halve([4, 2], [], evaluate) == [4, 2]
 
 
-def variant(name: str, accuracy: float, ms: float, excess: float = 0.0) -> Variant:
-    return Variant(
-        name, b"x" * (400 if name == FLOAT else 100), Latency(ms, ms, ms, "onnxruntime", 1, 9), accuracy, {}, excess
-    )
+def variant(name: str, accuracy: float, ms: float, excess: float = 0.0, agrees: bool = True) -> Variant:
+    data, speed = b"x" * (400 if name == FLOAT else 100), Latency(ms, ms, ms, "onnxruntime", 1, 9)
+    return Variant(name, data, speed, accuracy, {}, excess, agrees)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +171,8 @@ def variant(name: str, accuracy: float, ms: float, excess: float = 0.0) -> Varia
         ([variant(FLOAT, 0.9, 1), variant("a", 0.9, 2)], FLOAT, "slower here"),
         ([variant(FLOAT, 0.9, 1, excess=0.2), variant("a", 0.8, 2)], "a", "only precision within the budget"),
         ([variant(FLOAT, 0.9, 1, excess=0.2), variant("a", 0.8, 2, excess=0.1)], "a", "only precision"),
+        ([variant(FLOAT, 0.9, 1, excess=0.2), variant("a", 0.8, 2, agrees=False)], FLOAT, "shipped"),
+        ([variant("a", 0.8, 1, agrees=False), variant("b", 0.89, 2, excess=0.1)], "b", "only precision"),
     ],
 )
 def test_the_precision_that_ships(variants: list[Variant], ships: str, because: str) -> None:

@@ -23,6 +23,8 @@ class Variant:
     val_top1: float
     measured: dict[str, float]
     excess: float
+    agrees: bool = True
+    """Whether it answers closely enough as the trained network does, by the parity gate's tolerance."""
     why: str = ""
 
     def to_json(self, chosen: bool) -> dict[str, Any]:
@@ -40,13 +42,16 @@ class Variant:
 def choose(variants: Sequence[Variant]) -> Variant:
     """The variant to ship, with every variant's `why` filled in.
 
-    Of those that meet the budget (else of those that miss it by the least), int8 is preferred while it loses at most
-    a point of validation accuracy to float32 and is not slower here.
+    Only what agrees with the trained network can ship. Of what does and meets the budget (else misses it by the least),
+    int8 is preferred while it loses at most a point of validation accuracy to float32 and is not slower here.
     """
-    least = min(variant.excess for variant in variants)
-    fitting = [variant for variant in variants if variant.excess <= least]
+    usable = [variant for variant in variants if variant.agrees] or list(variants)
+    least = min(variant.excess for variant in usable)
+    fitting = [variant for variant in usable if variant.excess <= least]
     for variant in variants:
-        if variant.excess > least:
+        if not variant.agrees:
+            variant.why = "its answers differ too much from the trained network's"
+        elif variant.excess > least:
             variant.why = "outside the budget"
     int8 = _best([variant for variant in fitting if variant.format != FLOAT])
     full = next((variant for variant in fitting if variant.format == FLOAT), None)

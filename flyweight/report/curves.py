@@ -30,7 +30,7 @@ def draw(folder: Path, result: Mapping[str, Any]) -> None:
     if not rows:
         return
     names = list(result["vary"])
-    title = f"{result['model']}, {result['planned']:.3g} epochs; bars from the lowest to the highest of {most(rows)}"
+    title = f"{result['model']}, {result['planned']:.3g} epochs; {trainings(rows)}"
     figure, panels = _figure(len(names), title)
     for axes, name in zip(panels, names, strict=True):
         _along(axes, rows, name)
@@ -43,10 +43,10 @@ def draw(folder: Path, result: Mapping[str, Any]) -> None:
     _save(figure, folder / "cost.svg")
 
 
-def most(rows: Sequence[Row]) -> str:
-    """How many trainings the points have, in words."""
+def trainings(rows: Sequence[Row]) -> str:
+    """How many trainings the points have, and what their bars are."""
     count = max(row["n"] for row in rows)
-    return "1 training" if count == 1 else f"{count} trainings"
+    return "one training each" if count == 1 else f"bars from the lowest to the highest of {count} trainings"
 
 
 def lines(rows: Sequence[Row], name: str) -> dict[str, list[Row]]:

@@ -52,6 +52,10 @@ def _csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
+def _cores(count: int) -> str:
+    return "1 core" if count == 1 else f"{count} cores"
+
+
 def _page(result: Mapping[str, Any]) -> str:
     rows = [cells(row) for row in result["points"]]
     table = ["|".join(["", *each, ""]) for each in (rows[0], ["---"] * len(rows[0]), *(row.values() for row in rows))]
@@ -62,8 +66,8 @@ def _page(result: Mapping[str, Any]) -> str:
 Each training: {result["planned"]:.3g} epochs of {result["train"]} pictures, computed in {result["precision"]}.
 One seed sees the same pictures in the same order at every point. Accuracy: the mean on {result["validation"]}
 validation pictures that no training saw; in brackets the lowest and the highest of n trainings. File and latency (of
-one picture, on {result["threads"]} core(s)): the network as exported, in float32 or int8, whichever is smaller or
-faster. It took {human_seconds(result["seconds"])} on {result["cores"]} cores of a {result["processor"]}.
+one picture, on {_cores(result["threads"])}): the network as exported, in float32 or int8, whichever is smaller or
+faster. It took {human_seconds(result["seconds"])} on {_cores(result["cores"])} ({result["processor"]}).
 
 {chr(10).join(table)}
 
