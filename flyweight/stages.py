@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from flyweight import __version__
 from flyweight.bench.engines import onnxruntime as engine
@@ -33,7 +32,7 @@ from flyweight.search.survey import cost_all, judge, measure
 from flyweight.ship import write_card, write_json, write_model, write_network
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
-from flyweight.train.recipe import FINE_TUNING, FINE_TUNING_BARE, Recipe, recipe_for
+from flyweight.train.recipe import FINE_TUNING, recipe_for
 from flyweight.transfer import adopt
 from flyweight.units import percent
 from flyweight.zoo import build
@@ -326,13 +325,6 @@ def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:
     return build(candidate.spec), Preprocess.of(sample)
 
 
-def _recipe(candidate: Candidate, net: Net) -> Recipe:
-    if candidate.weights is None:
-        return recipe_for(candidate.spec.input[1])
-    normed = any(isinstance(leaf, nn.BatchNorm2d | nn.GroupNorm) for leaf in net.modules())
-    return FINE_TUNING if normed else FINE_TUNING_BARE
-
-
 def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess, stage: str, clock: Clock) -> Training:
     def emit(values: dict[str, Any]) -> None:
         work.records.write("epoch", stage=stage, name=candidate.name, **values)
@@ -345,7 +337,7 @@ def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess
         data=work.splits.train,
         validation=work.splits.validation,
         preprocess=preprocess,
-        recipe=_recipe(candidate, net),
+        recipe=recipe_for(candidate.spec.input[1]) if candidate.weights is None else FINE_TUNING,
         clock=clock,
         seed=work.job.seed,
         emit=emit,

@@ -1,7 +1,7 @@
 """How a network is trained, as data."""
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -121,9 +121,6 @@ BASELINE_EPOCHS = 10
 
 # For networks that start from weights of other pictures.
 FINE_TUNING = Recipe(batch_size=32, learning_rate=0.05, zoom=0.5, features=0.2, depth=0.9, head_first=0.15)
-# For those without norms, where nothing bounds the activations: at the rate above SqueezeNet's loss becomes NaN within
-# a dozen steps.
-FINE_TUNING_BARE = replace(FINE_TUNING, learning_rate=0.01)
 
 NAMED = {"baseline": BASELINE, "fine-tuning": FINE_TUNING}
 
