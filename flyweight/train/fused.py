@@ -279,13 +279,14 @@ def _depthwise(leaf: nn.Module) -> bool:
 def _convolve(conv: nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:
     x, weight, groups = x.to(dtype), conv.weight, conv.groups
     own, out = conv.in_channels // groups, conv.out_channels // groups
-    pointwise = conv.kernel_size == (1, 1) and conv.stride == (1, 1) and not any(ops.edges(conv, *x.shape[2:]))
+    pointwise = conv.kernel_size == (1, 1) and not any(ops.edges(conv, *x.shape[2:]))
+    read = x[:, :, :: conv.stride[0], :: conv.stride[1]]  # by a pointwise one; oneDNN's own backward pass can crash
     if _depthwise(conv):
         y = _Depthwise.apply(x, weight, _geometry(conv, x))
     elif pointwise and groups == 1:
-        y = _Pointwise.apply(x, weight)
+        y = _Pointwise.apply(read, weight)
     elif pointwise and own % 2 == out % 2 == 0:
-        y = _GroupedPointwise.apply(x, weight, groups)
+        y = _GroupedPointwise.apply(read, weight, groups)
     else:
         y = _dense(conv, x.contiguous(memory_format=LAST), weight.to(dtype))
     assert isinstance(y, Tensor)
