@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from flyweight.cli import read_settings
 from flyweight.create import create_model
 from flyweight.data import Dataset, Splits, open_source, prepare
 from flyweight.train.loop import Clock, Training, logits, score, train
@@ -121,17 +122,6 @@ def spread(found: list[float]) -> Row:
     return {"median": statistics.median(found), "min": min(found), "max": max(found), "n": len(found)}
 
 
-def values(changes: list[str]) -> dict[str, Any]:
-    """`field=value`, each value read as JSON where it is some."""
-    found: dict[str, Any] = {}
-    for name, _, text in (change.partition("=") for change in changes):
-        try:
-            found[name] = json.loads(text)
-        except ValueError:
-            found[name] = text
-    return found
-
-
 def summary(parts: dict[str, Any]) -> dict[str, Any]:
     """What the parts come to."""
     found: dict[str, Any] = {}
@@ -188,7 +178,7 @@ def options() -> argparse.Namespace:
 def main() -> None:
     """Runs the parts that were asked for."""
     asked = options()
-    ours = changed(recipe_for(SIZE), values(asked.set))
+    ours = changed(recipe_for(SIZE), read_settings(asked.set))
     parts: dict[str, Any] = json.loads(asked.out.read_text()) if asked.out and asked.out.exists() else {}
     if asked.throughput:
         parts["throughput"] = throughput(asked.data, asked.set)

@@ -238,12 +238,12 @@ def train(
                 request = training.Request(
                     source=data,
                     model=model,
-                    args=_family_arguments(arg or ()) | ({} if width is None else {"width": width}),
+                    args=read_settings(arg or ()) | ({} if width is None else {"width": width}),
                     resolution=resolution,
                     epochs=span[0],
                     seconds=span[1],
                     recipe=recipe,
-                    changes=_family_arguments(changes or ()),
+                    changes=read_settings(changes or ()),
                     seed=seed,
                     threads=threads,
                     pretrained=pretrained,
@@ -322,16 +322,16 @@ def cost(
     from flyweight.terminal import show_cost
     from flyweight.zoo import spec_of
 
-    args = _family_arguments(arg or ())
+    args = read_settings(arg or ())
     if width is not None:
         args["width"] = width
     spec = spec_of(name, size=resolution, num_classes=classes, **args)
     show_cost(name, spec, count(spec), per_layer, as_json)
 
 
-def _family_arguments(texts: Iterable[str]) -> dict[str, Any]:
-    """name=value, the value read as JSON where it is some (0.25, true, [1, 2]) and else as the word that it is."""
-    return {name: _value(text) for name, text in map(_name_and_text, texts)}
+def read_settings(texts: Iterable[str]) -> dict[str, Any]:
+    """The settings in texts of the form name=value."""
+    return {name: read_value(text) for name, text in map(_name_and_text, texts)}
 
 
 def _name_and_text(text: str) -> tuple[str, str]:
@@ -341,16 +341,17 @@ def _name_and_text(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """JSON where the text is some (0.25, true, [1, 2]), else the word that it is."""
     try:
         return json.loads(text)
     except ValueError:
         return text
 
 
-def _values(text: str) -> list[Any]:
+def read_values(text: str) -> list[Any]:
     """The values between commas."""
-    return [_value(each) for each in text.split(",")]
+    return [read_value(each) for each in text.split(",")]
 
 
 @app.command()
@@ -459,8 +460,8 @@ def sweep(
             else:
                 assert model is not None
                 assert data is not None
-                varied = {name: _values(text) for name, text in map(_name_and_text, vary or ())}
-                fixed = _family_arguments(arg or ())
+                varied = {name: read_values(text) for name, text in map(_name_and_text, vary or ())}
+                fixed = read_settings(arg or ())
                 result = study.sweep(
                     model,
                     data,
@@ -510,7 +511,7 @@ def import_weights(
     from flyweight.weights import net_bytes
     from flyweight.zoo import build, spec_of
 
-    spec = spec_of(name, size=resolution, **_family_arguments(arg or ()))
+    spec = spec_of(name, size=resolution, **read_settings(arg or ()))
     channels, height, width = spec.input
     preprocess = Preprocess((height, width), channels, _levels(mean, channels), _levels(std, channels))
     net = build(spec)

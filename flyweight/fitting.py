@@ -9,16 +9,17 @@ from pathlib import Path
 from flyweight import __version__, stages
 from flyweight.data import Source, Splits, absolute, open_source, prepare
 from flyweight.data.split import held_out_count
-from flyweight.errors import ParityError, UsageError
-from flyweight.job import Job, Stopwatch, check_free, guarded, load_job, new_folder, save_job
-from flyweight.records import Listener, Records, read_records
+from flyweight.errors import ParityError
+from flyweight.job import FILE, Job, Stopwatch, check_free, guarded, load, new_folder
+from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.run import Run
 from flyweight.search.budget import Budget, parse_time
 from flyweight.search.space import Candidate, input_sizes, pretrained_size
 from flyweight.search.strategy import Rung
 from flyweight.search.supply import AUTO, FETCH_SHARE, NONE, suits, supply
 from flyweight.search.survey import cost_all
-from flyweight.train.platform import cores
+from flyweight.ship import write_json
+from flyweight.train.platform import check_threads
 
 
 def fit(
@@ -53,7 +54,7 @@ def fit(
     job = _supplied(job, source)
     splits = _prepared(job, source, listener)
     folder = new_folder(Path(out) if out is not None else None, source.name)
-    save_job(folder, job)
+    write_json(folder / FILE, job.to_json())
     return _guarded(folder, job, source, splits, watch, listener)
 
 
@@ -62,8 +63,8 @@ def resume(folder: str | Path, listener: Listener | None = None) -> Run:
     folder = Path(folder)
     if (folder / "result.json").exists():
         return Run(folder)
-    job = load_job(folder)
-    watch = Stopwatch(_spent(folder))
+    job = load(folder / FILE, "fit", Job)
+    watch = Stopwatch(seconds_spent(folder))
     source = open_source(job.source)
     for donor in stages.donors(job):
         donor.check()
@@ -123,8 +124,7 @@ def _job(
 ) -> Job:
     text = budget if isinstance(budget, str) else ", ".join(budget)
     Budget.parse(text)  # a bad budget is told before anything is opened
-    if not 1 <= threads <= cores():
-        raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
+    check_threads(threads)
     seconds = parse_time(time)
     options = {"budget": text, "time": f"{seconds:g}s", "threads": str(threads), "seed": str(seed)}
     if pretrained is not None:
@@ -145,23 +145,14 @@ def _supplied(job: Job, source: Source) -> Job:
 
 
 def _prepared(job: Job, source: Source, listener: Listener | None) -> Splits:
-    def progress(done: int, total: int) -> None:
-        if listener:
-            listener({"kind": "progress", "stage": "decoding", "share": done / total})
-
     sizes = _sizes(job, source)
-    return prepare(source, sizes, seed=job.seed, skip_corrupt=job.skip_corrupt, progress=progress)
+    return prepare(source, sizes, seed=job.seed, skip_corrupt=job.skip_corrupt, progress=decoding(listener))
 
 
 def _sizes(job: Job, source: Source) -> tuple[int, ...]:
     """The sides at which the pictures are decoded."""
     own = (pretrained_size(donor.spec(), source.size) for donor in stages.donors(job))
     return tuple(dict.fromkeys((*input_sizes(source.size), *own)))
-
-
-def _spent(folder: Path) -> float:
-    """Seconds that an interrupted run had worked."""
-    return max((float(record["at"]) for record in read_records(folder / "records.jsonl")), default=0.0)
 
 
 def _guarded(

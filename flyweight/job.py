@@ -4,16 +4,17 @@ import errno
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flyweight.errors import FlyweightError, Interrupted, UsageError
 
 FILE = "run.json"
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Job:
     pretrained: str | None = None
     weights: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    verb: str = "fit"
 
     def to_json(self) -> dict[str, Any]:
         """As in run.json."""
@@ -62,21 +64,17 @@ def check_free(out: Path) -> None:
         raise UsageError(f"{out} {what}: choose a new folder for --out{resume}")
 
 
-def save_job(folder: Path, job: Job) -> None:
-    """Writes run.json."""
-    (folder / FILE).write_text(json.dumps(job.to_json(), indent=2) + "\n", encoding="utf-8")
-
-
-def load_job(folder: Path) -> Job:
-    """Reads run.json. Raises UsageError where there is none or it is damaged."""
-    path = folder / FILE
+def load(path: Path, verb: str, kind: Callable[..., Asked]) -> Asked:
+    """What `flyweight VERB` was asked to do, from the file that it left. Raises UsageError where there is none such."""
     if not path.exists():
-        raise UsageError(f"{folder} holds no run to resume: it has no {FILE}")
+        raise UsageError(f"{path.parent} holds nothing that flyweight {verb} can resume: it has no {path.name}")
     try:
         values: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Job(**values)
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({error}): start the job anew") from error
+        if (other := values.get("verb", verb)) != verb:
+            raise UsageError(f"{path.parent} was made by another command: flyweight {other} --resume {path.parent}")
+        return kind(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({error}): start anew") from error
 
 
 @contextmanager

@@ -145,15 +145,19 @@ def load_pretrained(net: Net, source: Source, folder: Path | None = None) -> lis
     With other `num_classes` the classifier stays as it is; with other `in_chans` the first convolution is adapted.
     The network's `pretrained_cfg` then tells the input that the weights want. `choose` finds a source that fits.
     """
-    path = fetch(source, folder)
-    donor = zoo.structure(source.spec())
-    try:
-        foreign.take(donor, foreign.read_weights(path))
-    except UsageError as error:
-        raise FlyweightError(f"{path} does not hold {source.name}: {error}") from error
-    changes = adopt(net, donor)
+    changes = adopt(net, read(source, fetch(source, folder)))
     net.pretrained_cfg = _input(source, net)
     return changes
+
+
+def read(source: Source, path: Path) -> Net:
+    """The network of a source with the weights in its file. Raises FlyweightError where the file holds others."""
+    net = zoo.structure(source.spec())
+    try:
+        foreign.take(net, foreign.read_weights(path))
+    except UsageError as error:
+        raise FlyweightError(f"{path} does not hold {source.name}: {error}") from error
+    return net
 
 
 def local(source: Source, folder: Path | None = None) -> Path | None:

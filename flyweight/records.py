@@ -80,6 +80,16 @@ class Records:
             os.truncate(self.path, whole)
 
 
+def decoding(listener: Listener | None) -> Callable[[int, int], None]:
+    """Tells a listener how many of the pictures are decoded: what `data.prepare` reports to."""
+    return lambda done, total: listener and listener({"kind": "progress", "stage": "decoding", "share": done / total})
+
+
+def seconds_spent(folder: Path) -> float:
+    """The work that is in a run's records, those of an interrupted one."""
+    return max((float(record["at"]) for record in read_records(folder / "records.jsonl")), default=0.0)
+
+
 def read_records(path: Path) -> list[Record]:
     """The whole records of a file; an unfinished last line is passed over."""
     if not path.exists():

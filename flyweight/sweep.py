@@ -24,17 +24,17 @@ from flyweight.bench.environment import environment
 from flyweight.compress.precision import calibration_sample
 from flyweight.data import Source, Splits, absolute, open_source, prepare
 from flyweight.errors import FlyweightError, UsageError
-from flyweight.job import Stopwatch, check_free, guarded, new_folder
+from flyweight.job import Stopwatch, check_free, guarded, load, new_folder
 from flyweight.net import Spec
 from flyweight.preprocess import Preprocess
-from flyweight.records import Listener, Records, read_records
+from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.report.study import write_study
 from flyweight.search.budget import parse_time
 from flyweight.search.space import FROM_SCRATCH, SMALL, Candidate, estimate_cost
 from flyweight.search.survey import measure
 from flyweight.ship import write_json
 from flyweight.train.loop import Clock, Diverged, Trained, Training, train
-from flyweight.train.platform import cores
+from flyweight.train.platform import check_threads, cores
 from flyweight.train.recipe import Recipe, recipe_for
 from flyweight.training import changed
 from flyweight.zoo import build, spec_of
@@ -69,6 +69,7 @@ class Study:
     skip_corrupt: bool
     version: str
     command: str
+    verb: str = "sweep"
 
 
 @dataclass
@@ -106,8 +107,7 @@ def sweep(
     `flyweight.train.recipe.Recipe` (`label_smoothing` …) or `resolution`. Returns what stands in results.json, as
     docs/studies/README.md tells. Raises UsageError for what cannot be built, before anything is trained.
     """
-    if not 1 <= threads <= cores():
-        raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
+    check_threads(threads)
     if seeds < 1:
         raise UsageError(f"--seeds must be at least 1, not {seeds}")
     if epochs is not None and epochs <= 0:
@@ -127,13 +127,7 @@ def sweep(
 
 def resume(folder: str | Path, time: str | float | None = None, listener: Listener | None = None) -> dict[str, Any]:
     """Goes on with an interrupted sweep: finished trainings stay as they are. `time` is a new limit for all of it."""
-    path = Path(folder) / FILE
-    if not path.exists():
-        raise UsageError(f"{folder} holds no sweep to resume: it has no {FILE}")
-    try:
-        study = Study(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{path} is damaged ({error}): start the sweep anew") from error
+    study = load(Path(folder) / FILE, "sweep", Study)
     if time is not None:
         study = replace(study, seconds=parse_time(time), epochs=None)
     return _carry_out(Path(folder), study, listener)
@@ -166,11 +160,11 @@ def _written(value: Any) -> str:
 
 def _carry_out(folder: Path, study: Study, listener: Listener | None) -> dict[str, Any]:
     """The story of a sweep."""
-    watch = Stopwatch(max((float(each["at"]) for each in read_records(folder / "records.jsonl")), default=0.0))
+    watch = Stopwatch(seconds_spent(folder))
     with guarded(folder, f"flyweight sweep --resume {shlex.quote(str(folder))}"):
         source, points = _points(study)
         sizes = sorted({point.spec.input[1] for point in points})
-        splits = prepare(source, sizes, skip_corrupt=study.skip_corrupt)
+        splits = prepare(source, sizes, skip_corrupt=study.skip_corrupt, progress=decoding(listener))
         records, machine = Records(folder, lambda: watch.elapsed, listener), environment(study.threads)
         write_json(folder / "environment.json", machine)
         course = _Course(study, folder, splits, records, watch, machine)

@@ -18,11 +18,11 @@ from flyweight.compress.precision import calibration_sample
 from flyweight.costs import cost
 from flyweight.data import Dataset, Source, Splits, absolute, open_source, prepare
 from flyweight.errors import FlyweightError, UsageError
-from flyweight.job import FILE, Stopwatch, check_free, guarded, new_folder
+from flyweight.job import FILE, Stopwatch, check_free, guarded, load, new_folder
 from flyweight.net import Net, Spec
 from flyweight.preprocess import Preprocess
 from flyweight.pretrained import choose, fetch
-from flyweight.records import Listener, Records, read_records
+from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.search.budget import parse_time
 from flyweight.search.donor import Donor, find_donor, open_donor
 from flyweight.ship import write_json, write_network
@@ -31,7 +31,7 @@ from flyweight.train.device import choose_device
 from flyweight.train.distributed import Group, Lost, joined
 from flyweight.train.faults import is_out_of_memory
 from flyweight.train.loop import Clock, Trained, Training, logits, train
-from flyweight.train.platform import cores
+from flyweight.train.platform import check_threads, cores
 from flyweight.train.recipe import BASELINE_EPOCHS, Recipe, preprocess_for, recipe_named
 from flyweight.transfer import adopt
 from flyweight.zoo import build, smallest_input, spec_of
@@ -106,8 +106,7 @@ def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     """Goes on with an interrupted training; of a finished one, its result. Raises UsageError where there is none."""
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    request = _load(folder / FILE)
-    spent = max((float(record["at"]) for record in read_records(folder / "records.jsonl")), default=0.0)
+    request, spent = load(folder / FILE, "train", Request), seconds_spent(folder)
     with joined() as group:
         plan = _plan(request)
         splits = _splits(request, plan[0], plan[1], listener)
@@ -137,22 +136,10 @@ def changed(recipe: Recipe, changes: Mapping[str, Any]) -> Recipe:
 
 def _check(request: Request) -> None:
     """What can be told before anything is opened."""
-    if request.threads is not None and not 1 <= request.threads <= cores():
-        raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {request.threads}")
+    if request.threads is not None:
+        check_threads(request.threads)
     choose_device(request.device)
     spec_of(request.model)
-
-
-def _load(path: Path) -> Request:
-    if not path.exists():
-        raise UsageError(f"{path.parent} holds no training to resume: it has no {path.name}")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if values.get("verb") != Request.verb:
-            raise UsageError(f"{path.parent} holds a run of another command: flyweight fit --resume {path.parent}")
-        return Request(**values)
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({error}): start the training anew") from error
 
 
 def _plan(request: Request) -> tuple[Source, Spec, Recipe, Donor | None]:
@@ -183,11 +170,8 @@ def _donor(request: Request, args: Mapping[str, Any]) -> Donor | None:
 
 
 def _splits(request: Request, source: Source, spec: Spec, listener: Listener | None) -> Splits:
-    def progress(done: int, total: int) -> None:
-        if listener:
-            listener({"kind": "progress", "stage": "decoding", "share": done / total})
-
-    return prepare(source, [spec.input[1]], seed=request.seed, skip_corrupt=request.skip_corrupt, progress=progress)
+    told, skip = decoding(listener), request.skip_corrupt
+    return prepare(source, [spec.input[1]], seed=request.seed, skip_corrupt=skip, progress=told)
 
 
 def _carry_out(work: _Work, listener: Listener | None) -> dict[str, Any]:

@@ -26,13 +26,14 @@ from flyweight.create import create_model
 from flyweight.data import open_source
 from flyweight.errors import DataError, FlyweightError, ParityError, UsageError
 from flyweight.fitting import outlook
-from flyweight.job import Job, save_job
+from flyweight.job import FILE, Job
 from flyweight.preprocess import Preprocess
 from flyweight.pretrained import Source
 from flyweight.records import Records, read_records
 from flyweight.search import donor
 from flyweight.search.donor import open_donor
 from flyweight.search.space import Candidate
+from flyweight.ship import write_json
 from flyweight.weights import load_net, net_bytes
 from flyweight.zoo import build, spec_of
 
@@ -427,7 +428,7 @@ def test_a_job_goes_on_only_with_the_same_weights(tmp_path: Path) -> None:
         "demo", BUDGET, 8.0, 1, 0, False, flyweight.__version__, "", str(weights), [open_donor(weights).to_json()]
     )
     (tmp_path / "run").mkdir()
-    save_job(tmp_path / "run", job)
+    write_json(tmp_path / "run" / FILE, job.to_json())
     weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
     with pytest.raises(UsageError, match=r"earlier\.safetensors is not the file that the job started from"):
         flyweight.resume(tmp_path / "run")

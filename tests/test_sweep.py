@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from flyweight.cli import _value, _values
+from flyweight import fitting, training
+from flyweight.cli import read_value, read_values
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.records import read_records
 from flyweight.report.curves import draw
@@ -149,8 +151,16 @@ def test_a_sweep_whose_time_is_over_says_what_is_missing(finished: Path) -> None
 
 
 def test_a_folder_without_a_sweep_is_told(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="holds no sweep"):
+    with pytest.raises(UsageError, match="nothing that flyweight sweep can resume"):
         resume(tmp_path)
+
+
+@pytest.mark.parametrize(("asked", "go_on"), [("fit", fitting.resume), ("train", training.resume)])
+def test_a_folder_of_another_command_is_told(tmp_path: Path, asked: str, go_on: Callable[[Path], object]) -> None:
+    other = {"fit": "train", "train": "fit"}[asked]
+    (tmp_path / "run.json").write_text(json.dumps({"verb": other}))
+    with pytest.raises(UsageError, match=rf"another command: flyweight {other} --resume"):
+        go_on(tmp_path)
 
 
 RECIPES = Path(__file__).parents[1] / "examples" / "studies.sh"
@@ -170,7 +180,7 @@ def test_every_recipe_can_be_built(name: str, tmp_path: Path) -> None:
     assert words[2] == "demo"
     assert words[-2:] == ["--time", "1m"]
     options = list(zip(words[3:-2:2], words[4:-2:2], strict=True))
-    vary = {key: _values(text) for flag, each in options if flag == "--vary" for key, text in [each.split("=")]}
-    fixed = {key: _value(text) for flag, each in options if flag == "--arg" for key, text in [each.split("=")]}
+    vary = {key: read_values(text) for flag, each in options if flag == "--vary" for key, text in [each.split("=")]}
+    fixed = {key: read_value(text) for flag, each in options if flag == "--arg" for key, text in [each.split("=")]}
     points = points_of(study(model=words[1], vary=vary, fixed=fixed), (32, 32), 3, 10)
     assert len({json.dumps(point.facts) for point in points}) > 1 or set(vary) <= RECIPE

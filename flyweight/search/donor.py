@@ -7,11 +7,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from flyweight import foreign
-from flyweight.errors import FlyweightError, UsageError
+from flyweight.errors import UsageError
 from flyweight.net import Net, Spec
 from flyweight.preprocess import Preprocess
-from flyweight.pretrained import HUB_FILE, Source, choose, fetch, table
+from flyweight.pretrained import HUB_FILE, Source, choose, fetch, read, table
 from flyweight.weights import load_into, load_preprocess, load_spec
 from flyweight.zoo import structure, variants
 
@@ -48,14 +47,10 @@ class Donor:
 
     def net(self) -> Net:
         """The network with its weights, in evaluation mode. Raises FlyweightError where the file holds others."""
+        if self.source:
+            return read(self.source, self.path).eval()
         net = structure(self.spec())
-        if self.source is None:
-            load_into(net, self.path)
-            return net.eval()
-        try:
-            foreign.take(net, foreign.read_weights(self.path))
-        except UsageError as error:
-            raise FlyweightError(f"{self.path} does not hold {self.name}: {error}") from error
+        load_into(net, self.path)
         return net.eval()
 
     def preprocess(self) -> Preprocess:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyweight.data.pack import cache_folder
+from flyweight.errors import UsageError
 from flyweight.train import kernels
 from flyweight.train.checkpoint import write_atomically
 from flyweight.train.fused import fused
@@ -48,6 +49,12 @@ def keep_freed_memory() -> None:
 def cores() -> int:
     """The cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int) -> None:
+    """Raises UsageError where the machine has not so many cores."""
+    if not 1 <= threads <= cores():
+        raise UsageError(f"--threads must be from 1 to {cores()}, the cores of this machine, not {threads}")
 
 
 def _dense(conv: nn.Conv2d, x: Tensor) -> Tensor:
