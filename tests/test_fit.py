@@ -29,7 +29,7 @@ from flyweight.fitting import outlook
 from flyweight.job import FILE, Job
 from flyweight.preprocess import Preprocess
 from flyweight.pretrained import Source
-from flyweight.records import Records, read_records
+from flyweight.records import Record, Records, read_records, seconds_spent
 from flyweight.search import donor
 from flyweight.search.donor import open_donor
 from flyweight.search.space import Candidate
@@ -207,33 +207,21 @@ def test_damaged_pictures_are_refused_before_anything_is_made(tmp_path: Path) ->
     assert digests(data) == before
 
 
-def wait_for(folder: Path, kind: str, process: subprocess.Popen[str]) -> None:
-    """Until the run has a record of this kind."""
+def wait_for(folder: Path, kind: str, after: float, process: subprocess.Popen[str]) -> None:
+    """Until the run has a record of this kind that was made when it had worked for longer than `after` seconds."""
     deadline = time.monotonic() + 100
     while time.monotonic() < deadline:
         assert process.poll() is None, process.communicate()[1]
-        if any(record["kind"] == kind for record in read_records(folder / "records.jsonl")):
+        if any(record["kind"] == kind and record["at"] > after for record in read_records(folder / "records.jsonl")):
             return
         time.sleep(0.05)
     raise AssertionError(f"no {kind} record in time")
 
 
-@pytest.mark.parametrize(
-    ("how", "when"),
-    [
-        (signal.SIGKILL, "candidate"),
-        (signal.SIGKILL, "winner"),  # that is, in the final training
-        (signal.SIGINT, "winner"),
-        (signal.SIGTERM, "trial"),
-    ],
-)
-def test_stopped_it_goes_on(how: signal.Signals, when: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    # Shorter jobs have no time for trials. This budget leaves float32 to ship where so short a training makes a network
-    # that int8 answers too differently for.
-    words = command("fit", "demo", "--budget", "params<=200k", "--time", "36s", "--out", folder)
+def stopped(words: list[str], folder: Path, kind: str, how: signal.Signals) -> list[Record]:
+    """The records of a job that a signal ended a second after its next record of this kind."""
     process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(folder, when, process)
+    wait_for(folder, kind, seconds_spent(folder), process)
     time.sleep(1)
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
@@ -241,22 +229,42 @@ def test_stopped_it_goes_on(how: signal.Signals, when: str, tmp_path: Path) -> N
     assert "Traceback" not in errors
     if how != signal.SIGKILL:
         assert f"--resume {folder}" in errors
-    before = read_records(folder / "records.jsonl")
-    spent = max(record["at"] for record in before)
+    return read_records(folder / "records.jsonl")
+
+
+def test_stopped_again_and_again_it_goes_on(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    # Shorter jobs have no time for trials. This budget leaves float32 to ship where so short a training makes a network
+    # that int8 answers too differently for.
+    words, again = command("fit", "demo", "--budget", "params<=200k", "--time", "40s", "--out", folder), None
+    lives = [
+        ("candidate", signal.SIGKILL),
+        ("trial", signal.SIGTERM),
+        ("winner", signal.SIGINT),
+        ("log", signal.SIGKILL),
+    ]
+    before: list[Record] = []
+    for kind, how in lives:  # "log": it says that it goes on, in the final training
+        found = stopped(again or words, folder, kind, how)
+        assert lasting(found)[: len(lasting(before))] == lasting(before), "no record is lost"
+        before, again = found, command("fit", "--resume", folder)
     done = subprocess.run(command("fit", "--resume", folder), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     after = read_records(folder / "records.jsonl")
-    # What a training reports after its last checkpoint is made again with the steps that are.
-    kept, found = ([record for record in each if record["kind"] not in ("epoch", "log")] for each in (before, after))
-    assert found[: len(kept)] == kept, "no record is lost"
+    assert lasting(after)[: len(lasting(before))] == lasting(before), "no record is lost"
     epochs = [record["epoch"] for record in after if record["kind"] == "epoch" and record["stage"] == "final"]
     assert epochs == sorted(set(epochs)), "nor made twice"
-    for kind in ("trial", "winner", "job", "data"):
+    for kind in ("candidate", "trial", "winner", "job", "data"):
         made = [(r["kind"], r.get("name"), r.get("rung")) for r in after if r["kind"] == kind]
         assert len(made) == len(set(made)), "none is made twice"
     result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    assert spent <= result["seconds"]["total"]
+    assert max(record["at"] for record in before) <= result["seconds"]["total"]
     assert not (folder / "state").exists()
+
+
+def lasting(records: list[Record]) -> list[Record]:
+    """Without what a training reports after its last checkpoint, which is made again with the steps that are."""
+    return [record for record in records if record["kind"] not in ("epoch", "log")]
 
 
 def test_a_full_disk_gets_one_sentence(tmp_path: Path) -> None:
