@@ -1,9 +1,11 @@
-"""Two changes that any network can take, made after it is built: TensorFlow's SAME padding, and dilation for stride."""
+"""Changes that any network can take, made after it is built: SAME padding, dilation for stride, the features' scale."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from flyweight import ops
 from flyweight.errors import UsageError
-from flyweight.graph import WINDOWS, trace
+from flyweight.graph import INPUT, WINDOWS, trace
 from flyweight.net import Net
 from flyweight.ops import SameAvgPool2d, SameConv2d, SameMaxPool2d, Window, dilation, pair
 
@@ -66,3 +68,31 @@ def _spread(leaf: Window, gap: int, path: str) -> nn.Module:
     leaf.dilation = gaps
     leaf.padding = tuple(gap * each for each in pair(leaf.padding))  # type: ignore[arg-type]
     return leaf
+
+
+# What answers k times as much to k times its input, for k > 0.
+HOMOGENEOUS = (
+    *(nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Flatten),
+    *(ops.Add, ops.Cat, ops.Part, ops.PadChannels, ops.ChannelShuffle),
+)
+
+
+@torch.no_grad()
+def normalise_features(features: nn.Module, x: Tensor) -> float:
+    """Divides all that a network without norms computes by the root mean square of its features; returns that.
+
+    Such a network passes on the scale of its input `x`, normalised pictures [N, C, H, W]: for values from 0 to 255 no
+    learning rate suits a new classifier. Where every layer is homogeneous but for the biases, dividing these, and the
+    kernels that read the input, divides all values exactly. Elsewhere nothing changes, and the divisor is 1.
+    """
+    nodes = trace(features, tuple(x.shape[1:])).nodes
+    kernels = [node for node in nodes if isinstance(node.leaf, nn.Conv2d)]
+    if not all(isinstance(node.leaf, (nn.Conv2d, *HOMOGENEOUS)) for node in nodes):
+        return 1.0
+    scale = float(features(x).square().mean().sqrt())
+    for node in kernels:
+        if INPUT in node.inputs:
+            node.leaf.get_parameter("weight").div_(scale)
+        if node.leaf.bias is not None:
+            node.leaf.get_parameter("bias").div_(scale)
+    return scale

@@ -169,7 +169,7 @@ def _carry_out(work: stages.Work) -> Run:
     stages.introduce(work)
     pool = stages.survey_candidates(work)
     winner = stages.race(work, pool)
-    net, preprocess = stages.train_winner(work, winner)
+    net, preprocess = stages.train_winner(work, pool, winner)
     shipped, counted = stages.compress(work, net, preprocess)
     parity = stages.verify(work, net, preprocess, shipped)
     if not parity.passed:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file, save
+from torch import Tensor
 
 from flyweight import __version__
 from flyweight.bench.engines import onnxruntime as engine
@@ -30,10 +32,10 @@ from flyweight.search.space import Candidate, candidates, input_sizes, pretraine
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure
 from flyweight.ship import write_card, write_json, write_model, write_network
+from flyweight.train.checkpoint import write_atomically
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import FINE_TUNING, recipe_for
-from flyweight.transfer import adopt
 from flyweight.units import percent
 from flyweight.zoo import build
 
@@ -45,12 +47,19 @@ MEASURE_SHARE, TRIAL_SHARE = 0.08, 0.2
 EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48, 3.0
 # Forward multiply-accumulates a second and core that training reaches on a current CPU: only the order of trying, and
 # so nothing that is reported, depends on it.
-TRAINING_MACS = 12e9
+TRAINING_MACS = 20e9
+DOING = {"trial": "trying", "teacher": "training as a teacher", "final": "training"}
 MISTAKES, MOST_RESTARTS = 24, 3
+# A teacher has this share of the final training's time. It must be so much larger than the winner, see every picture
+# about so often, and leave time for the winner to see it so often; with fewer pictures it would know them by heart. Its
+# answers, at this temperature, have this share in the targets.
+TEACHER_SHARE, LEAST_WIDER, TEACHER_EPOCHS, STUDENT_EPOCHS, TEACHABLE = 0.3, 1.5, 10, 50, 5000
+SOFTNESS, DISTILLED = 2.0, 0.5
 # Mirroring that costs a network more of its accuracy than this, and more than chance, changes what pictures mean.
 MIRROR_LOSS = 0.03
-# Pictures that place the int8 ranges of untrained networks, and that give the mean and deviation of pixels.
-CALIBRATION, STATISTICS = 8, 2000
+# Pictures that place the int8 ranges of untrained networks, that give the mean and deviation of pixels, and the scale
+# of a network without norms.
+CALIBRATION, STATISTICS, SCALED = 8, 2000, 32
 # Pictures that place the ranges of the trained network, and the seconds that reading and resizing one takes.
 CALIBRATED, READING_ARRAY, READING_FILE = 256, 0.0001, 0.004
 # Seconds a precision is measured for when they compete, and the shipped file in the end; candidates nearest to the
@@ -152,7 +161,7 @@ def data_summary(name: str, source: Source, splits: Splits) -> dict[str, Any]:
 
 
 def survey_candidates(work: Work) -> list[Candidate]:
-    """All candidates with exact costs, those that can meet the budget measured, the others dropped with the reason."""
+    """All candidates with exact costs, and as many measured as there is time to try, in the order of trying."""
     splits = work.splits
     pool = pool_of(work.job, work.source, splits.train.sizes)
     cost_all(pool, work.budget)
@@ -164,12 +173,17 @@ def survey_candidates(work: Work) -> list[Candidate]:
     work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
     order = in_order(work.job, len(splits.train), [candidate for candidate in pool if candidate.status != "dropped"])
     begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
+    trials, entrants = rungs(len(order), work.job.seconds), 0
+    wanted = trials[0].candidates if trials else 1
     for candidate in order:
-        if work.watch.elapsed - begun > share:
+        if entrants == wanted:  # more could not be tried
+            candidate.why = f"{wanted} suited the time better, and more could not be tried"
+        elif work.watch.elapsed - begun > share:
             candidate.why = "there was no time to measure it"
         else:
             _measure(work, candidate)
-            work.records.progress("measuring candidates", (work.watch.elapsed - begun) / share)
+            entrants += candidate.status != "dropped"
+            work.records.progress("measuring candidates", max((work.watch.elapsed - begun) / share, entrants / wanted))
     work.watch.ends("search")
     return pool
 
@@ -202,11 +216,7 @@ def _measure(work: Work, candidate: Candidate) -> None:
     if record is not None and record["latency_ms"] is not None:
         candidate.recall(record)
         return
-    train_split = work.splits.train
-    pictures = train_split.batch(
-        candidate.spec.input[1], calibration_sample(len(train_split), work.job.seed, CALIBRATION)
-    )
-    measure(candidate, train_split.classes, pictures, work.job.threads)
+    measure(candidate, work.splits.train.classes, _sample(work, candidate, CALIBRATION), work.job.threads)
     judge(candidate, work.budget)
     work.records.write("candidate", **candidate.to_json())
 
@@ -315,14 +325,19 @@ def _tried(work: Work, candidate: Candidate, seconds: float) -> dict[str, float 
 def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:
     """A network with its first weights, always the same for one seed, and its preprocessing."""
     torch.manual_seed(work.job.seed)
-    train_split, size = work.splits.train, candidate.spec.input[1]
-    if candidate.weights is not None:
-        net = build(candidate.spec)
-        for change in adopt(net, candidate.weights.net()):
-            work.records.say(f"{candidate.name}: {change}")
-        return net, candidate.weights.preprocess().at(size, train_split.channels)
-    sample = train_split.batch(size, calibration_sample(len(train_split), work.job.seed, STATISTICS))
-    return build(candidate.spec), Preprocess.of(sample)
+    net, sample = build(candidate.spec), _sample(work, candidate, STATISTICS)
+    if candidate.weights is None:
+        return net, Preprocess.of(sample)
+    preprocess, changes = candidate.weights.into(net, sample[:SCALED])
+    for change in changes:
+        work.records.say(f"{candidate.name}: {change}")
+    return net, preprocess
+
+
+def _sample(work: Work, candidate: Candidate, count: int) -> np.ndarray:
+    """Training pictures at a candidate's size, always the same for one seed."""
+    train_split = work.splits.train
+    return train_split.batch(candidate.spec.input[1], calibration_sample(len(train_split), work.job.seed, count))
 
 
 def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess, stage: str, clock: Clock) -> Training:
@@ -330,7 +345,7 @@ def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess
         work.records.write("epoch", stage=stage, name=candidate.name, **values)
 
     def progress(share: float) -> None:
-        work.records.progress(f"{'training' if stage == 'final' else 'trying'} {candidate.name}", share)
+        work.records.progress(f"{DOING[stage]} {candidate.name}", share)
 
     return Training(
         net=net,
@@ -347,19 +362,70 @@ def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess
     )
 
 
-def train_winner(work: Work, winner: Candidate) -> tuple[Net, Preprocess]:
-    """The final training, in the time recorded for it; a diverging loss starts it again at half the learning rate."""
-    record = work.records.find("winner")
+def teach(work: Work, pool: Sequence[Candidate], winner: Candidate) -> Tensor | None:
+    """A larger network's answers to the training pictures, where the time allows to train one: [pictures, classes].
+
+    They are its probabilities at a raised temperature, the mean of each picture and its mirror image where the winner
+    may see those. Computed once, they cost the winner's own training nothing.
+    """
+    record, trial = work.records.find("winner"), work.records.find("trial", name=winner.name)
     assert record is not None
+    if trial is None or winner.weights is not None or len(work.splits.train) < TEACHABLE:
+        return None
+    seconds = TEACHER_SHARE * record["seconds"]
+    teacher = teacher_of(pool, winner, (trial["epochs"] or 0.0) / trial["seconds"], seconds)
+    if teacher is None:
+        return None
+    place = work.folder / "state" / "answers.safetensors"
+    if work.records.find("teacher") is None:
+        net, preprocess = start(work, teacher)
+        job = _training(work, teacher, net, preprocess, "teacher", Clock(seconds=seconds))
+        job.checkpoint = work.folder / "state" / "teacher.safetensors"
+        job.recipe = replace(job.recipe, flip=record["flip"])
+        trained = train(job)
+        outputs = logits(net, work.splits.train, preprocess)
+        if record["flip"]:
+            outputs = (outputs + logits(net, work.splits.train, preprocess, mirror=True)) / 2
+        write_atomically(place, save({"answers": (outputs / SOFTNESS).softmax(dim=1).numpy()}))
+        told = {"name": teacher.name, "epochs": trained.epochs, "val_top1": trained.accuracy}
+        work.records.write("teacher", seconds=round(job.clock.spent, 1), **told)
+        work.watch.ends("train")
+    return torch.from_numpy(load_file(place)["answers"])
+
+
+def teacher_of(pool: Sequence[Candidate], winner: Candidate, pace: float, seconds: float) -> Candidate | None:
+    """The widest form of the winner that learns enough in `seconds`; None where there is no time for a teacher.
+
+    `pace` is the winner's, in epochs a second; that of wider forms is taken to fall as their MACs rise.
+    """
+    if pace * seconds * (1 - TEACHER_SHARE) / TEACHER_SHARE < STUDENT_EPOCHS:
+        return None
+    most = winner.macs * pace * seconds / TEACHER_EPOCHS
+    wider = [
+        candidate
+        for candidate in pool
+        if candidate.spec.family == winner.spec.family
+        and candidate.spec.input == winner.spec.input
+        and LEAST_WIDER * winner.macs <= candidate.macs <= most
+    ]
+    return max(wider, key=lambda candidate: candidate.macs, default=None)
+
+
+def train_winner(work: Work, pool: Sequence[Candidate], winner: Candidate) -> tuple[Net, Preprocess]:
+    """The final training, in the time recorded for it; a diverging loss starts it again at half the learning rate."""
+    record, knowledge = work.records.find("winner"), teach(work, pool, winner)
+    assert record is not None
+    teacher = work.records.find("teacher")
+    given = record["seconds"] - (teacher["seconds"] if teacher else 0.0)
     while True:
         restarts = work.records.all("restart")
-        seconds = restarts[-1]["seconds"] if restarts else record["seconds"]
+        seconds = restarts[-1]["seconds"] if restarts else given
         net, preprocess = start(work, winner)
         job = _training(work, winner, net, preprocess, "final", Clock(seconds=seconds))
         job.checkpoint = work.folder / f"state/final-{len(restarts)}.safetensors"  # each attempt goes on with its own
-        job.recipe = replace(
-            job.recipe, flip=record["flip"], learning_rate=job.recipe.learning_rate / 2 ** len(restarts)
-        )
+        rate = job.recipe.learning_rate / 2 ** len(restarts)
+        job.recipe = replace(job.recipe, flip=record["flip"], learning_rate=rate, distil=DISTILLED)
+        job.answers = knowledge
         try:
             trained = train(job)
             break
@@ -462,6 +528,7 @@ def finish(
             "params": counted.params,
             "macs": counted.macs,
             "weights": winner.weights.to_json() if winner.weights else None,
+            "teacher": _teacher(work.records),
         },
         "budget": verdict,
         **tested,
@@ -481,6 +548,11 @@ def finish(
     write_card(work.folder, result)
     write_json(work.folder / "result.json", result)
     write_report(work.folder)
+
+
+def _teacher(records: Records) -> dict[str, Any] | None:
+    record = records.find("teacher")
+    return None if record is None else {key: record[key] for key in ("name", "epochs", "val_top1", "seconds")}
 
 
 def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any]:

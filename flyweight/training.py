@@ -26,14 +26,13 @@ from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.search.budget import parse_time
 from flyweight.search.donor import Donor, find_donor, open_donor
 from flyweight.ship import write_json, write_network
-from flyweight.stages import STATISTICS, data_summary, top1
+from flyweight.stages import SCALED, STATISTICS, data_summary, top1
 from flyweight.train.device import choose_device
 from flyweight.train.distributed import Group, Lost, joined
 from flyweight.train.faults import is_out_of_memory
 from flyweight.train.loop import Clock, Trained, Training, logits, train
 from flyweight.train.platform import check_threads, cores
 from flyweight.train.recipe import BASELINE_EPOCHS, Recipe, preprocess_for, recipe_named
-from flyweight.transfer import adopt
 from flyweight.zoo import build, smallest_input, spec_of
 
 EPOCHS = 10.0  # where neither epochs nor a time are given
@@ -220,13 +219,14 @@ def _start(work: _Work) -> tuple[Net, Preprocess]:
     torch.manual_seed(work.request.seed)
     data, side = work.splits.train, work.spec.input[1]
     net = build(work.spec)
+    sample = data.batch(side, calibration_sample(len(data), work.request.seed, STATISTICS))
     if work.donor is None:
-        sample = data.batch(side, calibration_sample(len(data), work.request.seed, STATISTICS))
         return net, preprocess_for(work.recipe, sample)
-    for change in [f"starting from the weights {work.donor.told()}", *adopt(net, work.donor.net())]:
+    preprocess, changes = work.donor.into(net, sample[:SCALED])
+    for change in [f"starting from the weights {work.donor.told()}", *changes]:
         if work.records and work.records.find("log", message=change) is None:
             work.records.say(change)
-    return net, work.donor.preprocess().at(side, data.channels)
+    return net, preprocess
 
 
 def _training(work: _Work, net: Net, preprocess: Preprocess) -> Training:

@@ -95,6 +95,7 @@ def _context(run: FinishedRun) -> dict[str, Any]:
         "rungs": _rungs(run.rungs),
         "curves": _curves(run.final, run.trials),
         "final": run.final[-1] if run.final else None,
+        "teacher": result["winner"]["teacher"],
         "variants": _variants(run.variants),
         "parity": run.parity,
         "matrix": _matrix(run),

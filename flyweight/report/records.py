@@ -52,7 +52,14 @@ _DATA = {
     "licence": _TEXT,
     "notes": (list, type(None)),
 }
-_WINNER = {"name": (str,), "spec": (dict, type(None)), "params": _MAYBE, "macs": _MAYBE}
+_WINNER = {
+    "name": (str,),
+    "spec": (dict, type(None)),
+    "params": _MAYBE,
+    "macs": _MAYBE,
+    "teacher": (dict, type(None)),
+}
+_TEACHER = {"name": (str,), "val_top1": _NUMBER, "seconds": _NUMBER}
 _LIMIT = {"name": (str,), "op": (str,), "limit": _NUMBER, "measured": _MAYBE, "met": (bool,)}
 _SCORE = {"top1": _NUMBER, "n": (int,), "ci95": (list, type(None)), "duplicates": _MAYBE}
 _LATENCY = {"p50": _MAYBE, "p95": _MAYBE, "p99": _MAYBE, "engine": _TEXT, "threads": _MAYBE, "n": _MAYBE}
@@ -224,6 +231,8 @@ def _read_result(folder: Path) -> Record:
     for key, fields in parts.items():
         if result[key] is not None:
             _check(result[key], fields, f"{path}, `{key}`")
+    if result["winner"]["teacher"] is not None:
+        _check(result["winner"]["teacher"], _TEACHER, f"{path}, `winner.teacher`")
     for key, fields in {"budget": _LIMIT, "candidates": _CANDIDATE}.items():
         for index, item in enumerate(result[key]):
             _check(item, fields, f"{path}, `{key}[{index}]`")

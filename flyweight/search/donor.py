@@ -7,10 +7,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
+from flyweight.adapt import normalise_features
 from flyweight.errors import UsageError
 from flyweight.net import Net, Spec
 from flyweight.preprocess import Preprocess
 from flyweight.pretrained import HUB_FILE, Source, choose, fetch, read, table
+from flyweight.train.inputs import normalise
+from flyweight.transfer import adopt
 from flyweight.weights import load_into, load_preprocess, load_spec
 from flyweight.zoo import structure, variants
 
@@ -59,6 +65,19 @@ class Donor:
             return load_preprocess(self.path)
         mean, std = (tuple(255 * value for value in values) for values in (self.source.mean, self.source.std))
         return Preprocess(self.source.size, self.spec().input[0], mean, std)
+
+    def into(self, net: Net, pictures: np.ndarray) -> tuple[Preprocess, list[str]]:
+        """Fills a network for other classes with these weights; its preprocessing, and what was changed, in words.
+
+        `pictures` are some of those it will learn from, at its size: uint8 [N, H, W, C].
+        """
+        donor, preprocess = self.net(), self.preprocess().at(pictures.shape[1], pictures.shape[3])
+        changes = adopt(net, donor)
+        if net.num_classes != donor.num_classes:  # a classifier that is kept knows the scale
+            scale = normalise_features(net.features, normalise(torch.from_numpy(pictures), preprocess))
+            if scale != 1:
+                changes.append(f"its features, which nothing normalises, were divided by {scale:.3g}")
+        return preprocess, changes
 
     def check(self) -> None:
         """Raises UsageError where the file is gone or has changed."""

@@ -20,11 +20,11 @@ def normalise(images: Tensor, preprocess: Preprocess) -> Tensor:
 
 
 def augmented(
-    images: Tensor, labels: Tensor, classes: int, preprocess: Preprocess, recipe: Recipe, rng: torch.Generator
+    images: Tensor, truth: Tensor, classes: int, preprocess: Preprocess, recipe: Recipe, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A training batch: uint8 [N, H, W, C] varied by the recipe → float32 [N, C, H, W] in channels-last memory.
 
-    The targets are the labels, int64 [N], or where pictures are mixed the classes' shares, float32 [N, classes].
+    `truth` is labels, int64 [N], or the classes' shares, float32 [N, classes], as targets are where pictures are mixed.
     """
     if max(preprocess.size) <= SMALL:
         moved = augment.shift_and_flip(images, recipe.shift, recipe.flip, rng, recipe.border)
@@ -36,19 +36,19 @@ def augmented(
         x = augment.vary(x, recipe.operations, recipe.magnitude, rng)
     if recipe.cutout:
         x = augment.cutout(x, recipe.cutout, rng)
-    x, targets = _mixed(x, labels, classes, recipe, rng)
+    x, targets = _mixed(x, truth, classes, recipe, rng)
     layout = torch.contiguous_format if recipe.plain else torch.channels_last
     return x.contiguous(memory_format=layout), targets
 
 
-def _mixed(x: Tensor, labels: Tensor, classes: int, recipe: Recipe, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _mixed(x: Tensor, truth: Tensor, classes: int, recipe: Recipe, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mixup or cutmix on a share of the batches."""
     if not recipe.mixup and not recipe.cutmix:
-        return x, labels
+        return x, truth
     drawn, choice = torch.rand(2, generator=rng).tolist()
     if drawn >= recipe.mixed:
-        return x, labels
-    targets = F.one_hot(labels, classes).float()
+        return x, truth
+    targets = truth if truth.is_floating_point() else F.one_hot(truth, classes).float()
     first = recipe.mixup and (not recipe.cutmix or choice < 0.5)
     mix, alpha = (augment.mixup, recipe.mixup) if first else (augment.cutmix, recipe.cutmix)
     return mix(x, targets, alpha, rng)

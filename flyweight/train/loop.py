@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from flyweight.data import Dataset
 from flyweight.errors import UsageError
+from flyweight.graph import GraphError, trace
 from flyweight.preprocess import Preprocess
 from flyweight.train.device import choose_device, device_of, mixed_precision
 from flyweight.train.distributed import Group, align, combine, current, synchronised
@@ -42,6 +44,7 @@ def train(job: Training) -> Trained:
     group = current()
     with _place(job, group), _random_numbers(job.seed + group.rank):
         align(group, job.net)
+        _leave_out_sizes(job)
         state = State(job, group)
         if not state.resume():
             job.mode = group.from_first(job.mode or _fastest_mode(job, state))
@@ -70,6 +73,19 @@ def _place(job: Training, group: Group) -> Iterator[None]:
         yield
     finally:
         job.net.to("cpu")
+
+
+def _leave_out_sizes(job: Training) -> None:
+    """Takes the stages of progressive resizing out of the recipe whose pictures are too small for the network."""
+    kept = []
+    for until, share in job.recipe.resize:
+        shown = round(share * job.preprocess.size[0])
+        try:
+            trace(job.net, (job.preprocess.channels, shown, shown))
+            kept.append((until, share))
+        except GraphError:
+            job.note(f"no pictures of {shown} pixels are shown on the way: the network takes none so small")
+    job.recipe = replace(job.recipe, resize=tuple(kept))
 
 
 @contextmanager
@@ -147,8 +163,8 @@ def _step(job: Training, state: State, indices: np.ndarray, progress: float) -> 
 
 def _batch(job: Training, state: State, indices: np.ndarray, progress: float) -> tuple[Tensor, Tensor]:
     """Pictures varied by the recipe, at the size of this stage, and their targets, ready for the network."""
-    labels = torch.from_numpy(job.data.labels[indices])
-    x, targets = augmented(job.pixels(indices), labels, len(job.data.classes), job.preprocess, job.recipe, state.rng)
+    truth, classes = job.truth(indices), len(job.data.classes)
+    x, targets = augmented(job.pixels(indices), truth, classes, job.preprocess, job.recipe, state.rng)
     state.at.side = side(job.recipe, progress, job.preprocess.size[0])
     return _ready(job.net, shrunk(x, state.at.side)), targets.to(device_of(job.net))
 

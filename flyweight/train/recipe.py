@@ -50,12 +50,13 @@ class Recipe:
     patience: int = 0
     """End the training after so many scorings in a row without a better one; 0: never before the time."""
     distil: float = 0.0
-    """Weight of the teacher's answers in the loss, where there is a teacher (arXiv:1503.02531)."""
+    """Weight of a teacher's answers in the loss, or their share in the targets (arXiv:1503.02531)."""
     temperature: float = 4.0
     """What divides the logits of both before the student is compared with its teacher."""
 
     resize: tuple[tuple[float, float], ...] = ()
-    """Progressive resizing: (until this share of the training, pictures at this share of their side), in order."""
+    """Progressive resizing: (until this share of the training, pictures at this share of their side), in order; stages
+    too small for the network are left out."""
     shift: int = 4
     """Small pictures: largest shift in pixels."""
     border: str = "reflected"
@@ -128,7 +129,7 @@ NAMED = {"baseline": BASELINE, "fine-tuning": FINE_TUNING}
 def recipe_for(size: int) -> Recipe:
     """The defaults for training from scratch at `size` pixels."""
     if size <= SMALL:
-        return Recipe()
+        return Recipe(learning_rate=0.4, resize=((0.6, 0.75),))
     return Recipe(batch_size=32, learning_rate=0.05)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flyweight.data import Dataset
@@ -61,7 +62,8 @@ class Training:
     `emit` takes the figures of an epoch, `note` a sentence, `progress` the share done. `checkpoint` is the file that
     keeps the state, written every `checkpoint_seconds`; when it is taken up, `records` are cut back to where they stood
     then. `micro` bounds the pictures that go through the network at once, `threads` the cores (all by default).
-    `sync_batchnorm` takes batch statistics over all processes; `teacher` is what the recipe distils from.
+    `sync_batchnorm` takes batch statistics over all processes. `teacher` is what the recipe distils from; or `answers`
+    are a teacher's to the training pictures, probabilities [pictures, classes], which take part in the targets.
     """
 
     net: nn.Module
@@ -83,7 +85,15 @@ class Training:
     device: str = "auto"
     sync_batchnorm: bool = False
     teacher: nn.Module | None = None
+    answers: Tensor | None = None
 
     def pixels(self, indices: np.ndarray) -> Tensor:
         """Training pictures, uint8 [n, H, W, C]."""
         return torch.from_numpy(self.data.batch(self.preprocess.size[0], indices))
+
+    def truth(self, indices: np.ndarray) -> Tensor:
+        """Labels int64 [n], or with a teacher's answers the classes' shares, float32 [n, classes]."""
+        labels = torch.from_numpy(self.data.labels[indices])
+        if self.answers is None:
+            return labels
+        return F.one_hot(labels, len(self.data.classes)).float().lerp(self.answers[indices], self.recipe.distil)
