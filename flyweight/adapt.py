@@ -73,26 +73,26 @@ def _spread(leaf: Window, gap: int, path: str) -> nn.Module:
 # What answers k times as much to k times its input, for k > 0.
 HOMOGENEOUS = (
     *(nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Flatten),
-    *(ops.Add, ops.Cat, ops.Part, ops.PadChannels, ops.ChannelShuffle),
+    *(ops.Add, ops.Cat, ops.Part, ops.PadChannels, ops.ChannelShuffle, ops.GlobalAvgPool, ops.GlobalMaxPool),
 )
 
 
 @torch.no_grad()
-def normalise_features(features: nn.Module, x: Tensor) -> float:
-    """Divides all that a network without norms computes by the root mean square of its features; returns that.
+def normalise_features(net: Net, x: Tensor) -> float:
+    """Divides all that a network without norms computes by the root mean square of what its classifier reads.
 
     Such a network passes on the scale of its input `x`, normalised pictures [N, C, H, W]: for values from 0 to 255 no
-    learning rate suits a new classifier. Where every layer is homogeneous but for the biases, dividing these, and the
-    kernels that read the input, divides all values exactly. Elsewhere nothing changes, and the divisor is 1.
+    learning rate suits a new classifier. Where every layer before it is homogeneous but for the biases, dividing these,
+    and the kernels that read the input, divides all values exactly. Elsewhere nothing changes. Returns the divisor, or 1.
     """
-    nodes = trace(features, tuple(x.shape[1:])).nodes
-    kernels = [node for node in nodes if isinstance(node.leaf, nn.Conv2d)]
-    if not all(isinstance(node.leaf, (nn.Conv2d, *HOMOGENEOUS)) for node in nodes):
+    nodes = trace(net, tuple(x.shape[1:])).nodes
+    before = nodes[: next(i for i, node in enumerate(nodes) if node.leaf is net.get_classifier())]
+    if not all(isinstance(node.leaf, (nn.Conv2d, nn.Linear, *HOMOGENEOUS)) for node in before):
         return 1.0
-    scale = float(features(x).square().mean().sqrt())
-    for node in kernels:
+    scale = float(net.eval().forward_head(net.forward_features(x), pre_logits=True).square().mean().sqrt())
+    for node in before:
         if INPUT in node.inputs:
             node.leaf.get_parameter("weight").div_(scale)
-        if node.leaf.bias is not None:
+        if isinstance(node.leaf, nn.Conv2d | nn.Linear) and node.leaf.bias is not None:
             node.leaf.get_parameter("bias").div_(scale)
     return scale

@@ -74,7 +74,7 @@ class Donor:
         donor, preprocess = self.net(), self.preprocess().at(pictures.shape[1], pictures.shape[3])
         changes = adopt(net, donor)
         if net.num_classes != donor.num_classes:  # a classifier that is kept knows the scale
-            scale = normalise_features(net.features, normalise(torch.from_numpy(pictures), preprocess))
+            scale = normalise_features(net, normalise(torch.from_numpy(pictures), preprocess))
             if scale != 1:
                 changes.append(f"its features, which nothing normalises, were divided by {scale:.3g}")
         return preprocess, changes
