@@ -53,7 +53,7 @@ MISTAKES, MOST_RESTARTS = 24, 3
 # A teacher has this share of the final training's time. It must be so much larger than the winner, see every picture
 # about so often, and leave time for the winner to see it so often; with fewer pictures it would know them by heart. Its
 # answers, at this temperature, have this share in the targets.
-TEACHER_SHARE, LEAST_WIDER, TEACHER_EPOCHS, STUDENT_EPOCHS, TEACHABLE = 0.3, 1.5, 10, 50, 5000
+TEACHER_SHARE, LEAST_WIDER, TEACHER_EPOCHS, STUDENT_EPOCHS, TEACHABLE = 0.3, 1.5, 10, 50, 20_000
 SOFTNESS, DISTILLED = 2.0, 0.5
 # Mirroring that costs a network more of its accuracy than this, and more than chance, changes what pictures mean.
 MIRROR_LOSS = 0.03
