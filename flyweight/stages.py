@@ -30,7 +30,7 @@ from flyweight.search.budget import Budget
 from flyweight.search.donor import Donor
 from flyweight.search.space import Candidate, candidates, input_sizes, pretrained_candidates, ranked
 from flyweight.search.strategy import Rung, halve, plan
-from flyweight.search.survey import cost_all, judge, measure
+from flyweight.search.survey import cost_all, judge, measure, training_speed
 from flyweight.ship import write_card, write_json, write_model, write_network
 from flyweight.train.checkpoint import write_atomically
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
@@ -45,9 +45,9 @@ MEASURE_SHARE, TRIAL_SHARE = 0.08, 0.2
 # A candidate suits the time if its final training sees every picture about this often, and so many pictures in all
 # where there are few; a first trial sees 1/48 of that.
 EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48, 3.0
-# Forward multiply-accumulates a second and core that training reaches on a current CPU: only the order of trying, and
-# so nothing that is reported, depends on it.
-TRAINING_MACS = 20e9
+# Forward multiply-accumulates a second and core that training reaches on a current CPU, for families whose own speed is
+# not measured: only the order of trying depends on it.
+TRAINING_MACS = 12e9
 DOING = {"trial": "trying", "teacher": "training as a teacher", "final": "training"}
 MISTAKES, MOST_RESTARTS = 24, 3
 # A teacher has this share of the final training's time. It must be so much larger than the winner, see every picture
@@ -83,11 +83,6 @@ class Work:
     def left(self) -> float:
         """Seconds of the time given that remain."""
         return self.job.seconds - self.watch.elapsed
-
-
-def macs_that_see(pictures: int, seconds: float) -> float:
-    """The MACs of a network whose training, in a job of `seconds`, sees so many pictures in all."""
-    return TRAINING_MACS * cores() * final_seconds(seconds) / pictures
 
 
 def final_seconds(seconds: float) -> float:
@@ -171,8 +166,9 @@ def survey_candidates(work: Work) -> list[Candidate]:
         if candidate.name not in known:
             work.records.write("candidate", **candidate.to_json())
     work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
-    order = in_order(work.job, len(splits.train), [candidate for candidate in pool if candidate.status != "dropped"])
+    alive = [candidate for candidate in pool if candidate.status != "dropped"]
     begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
+    order = in_order(work.job, len(splits.train), alive, training_speeds(work, alive, share / 2))
     trials, entrants = rungs(len(order), work.job.seconds), 0
     wanted = trials[0].candidates if trials else 1
     for candidate in order:
@@ -201,13 +197,31 @@ def donors(job: Job) -> list[Donor]:
     return [Donor.from_json(each) for each in job.weights]
 
 
-def in_order(job: Job, images: int, pool: Sequence[Candidate]) -> list[Candidate]:
-    """Those that start from weights first, for what they know; both as `ranked` has them."""
+def training_speeds(work: Work, pool: Sequence[Candidate], seconds: float) -> dict[str, float]:
+    """Forward MACs a second with which families train here, each by its likeliest candidate, measured in `seconds`."""
+    begun = work.watch.elapsed
+    found = {record["family"]: record["macs_per_second"] for record in work.records.all("speed")}
+    for candidate in in_order(work.job, len(work.splits.train), pool):
+        family = candidate.spec.family
+        if family not in found and work.watch.elapsed - begun < seconds:
+            found[family] = training_speed(candidate, recipe_for(candidate.spec.input[1]).batch_size)
+            work.records.write("speed", family=family, name=candidate.name, macs_per_second=round(found[family]))
+    return found
+
+
+def in_order(
+    job: Job, images: int, pool: Sequence[Candidate], speeds: Mapping[str, float] | None = None
+) -> list[Candidate]:
+    """Those that start from weights first, for what they know; both as `ranked` has them, by the families' speeds."""
     anew = [candidate for candidate in pool if candidate.weights is None]
     ahead = [candidate for candidate in pool if candidate.weights is not None]
     seen = images * EPOCHS_WANTED  # what knows much already needs no more pictures than that
-    first = ranked(ahead, macs_that_see(seen, job.seconds))
-    return first + ranked(anew, macs_that_see(max(seen, PICTURES_WANTED), job.seconds))
+
+    def ideal(family: str, pictures: int) -> float:
+        return (speeds or {}).get(family, TRAINING_MACS * cores()) * final_seconds(job.seconds) / pictures
+
+    first = ranked(ahead, lambda family: ideal(family, seen))
+    return first + ranked(anew, lambda family: ideal(family, max(seen, PICTURES_WANTED)))
 
 
 def _measure(work: Work, candidate: Candidate) -> None:
@@ -240,14 +254,14 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
     if chosen is not None:
         return next(candidate for candidate in pool if candidate.name == chosen["name"])
     entrants = [candidate for candidate in pool if candidate.status != "dropped" and candidate.latency_ms is not None]
-    entrants = in_order(work.job, len(work.splits.train), entrants)
+    entrants = in_order(work.job, len(work.splits.train), entrants, training_speeds(work, entrants, 0.0))
     if not entrants:
         winner = _nearest(work, pool)
     else:
         trials = rungs(len(entrants), work.job.seconds)
         for candidate in entrants[trials[0].candidates if trials else 1 :]:
             candidate.why = "there was no time to try it"
-        order = halve(entrants, trials, lambda candidate, rung, seconds: _trial(work, candidate, rung, seconds))
+        order = halve(entrants, trials, lambda *trial: _trial(work, *trial, last=trial[1] == len(trials) - 1))
         winner = (order or entrants)[0]
     _tell_losers(pool, winner)
     splits = work.splits
@@ -288,7 +302,7 @@ def _tell_losers(pool: list[Candidate], winner: Candidate) -> None:
             candidate.why = candidate.why or f"beaten in a trial of {candidate.epochs:.2g} epochs"
 
 
-def _trial(work: Work, candidate: Candidate, rung: int, seconds: float) -> float | None:
+def _trial(work: Work, candidate: Candidate, rung: int, seconds: float, last: bool = True) -> float | None:
     """The validation accuracy of a short training; None where its loss diverges.
 
     A trial that saw fewer pictures than the one before, in twice the time, was disturbed by something else on the
@@ -296,11 +310,11 @@ def _trial(work: Work, candidate: Candidate, rung: int, seconds: float) -> float
     """
     record = work.records.find("trial", name=candidate.name, rung=rung)
     if record is None:
-        found = _tried(work, candidate, seconds)
+        found = _tried(work, candidate, seconds, last)
         before = work.records.find("trial", name=candidate.name, rung=rung - 1)
         if before is not None and 0 < (found["epochs"] or 0) < (before["epochs"] or 0):
             work.records.say(f"the trial of {candidate.name} is repeated: the machine was busy with something else")
-            found = _tried(work, candidate, seconds)
+            found = _tried(work, candidate, seconds, last)
         record = work.records.write("trial", name=candidate.name, rung=rung, seconds=round(seconds, 2), **found)
     candidate.status, candidate.val_top1, candidate.epochs = "tried", record["val_top1"], record["epochs"]
     if candidate.val_top1 is None:
@@ -308,18 +322,24 @@ def _trial(work: Work, candidate: Candidate, rung: int, seconds: float) -> float
     return candidate.val_top1
 
 
-def _tried(work: Work, candidate: Candidate, seconds: float) -> dict[str, float | None]:
-    """What a short training finds: epochs, accuracy, accuracy on mirror images; None where the loss diverges."""
+def _tried(work: Work, candidate: Candidate, seconds: float, last: bool) -> dict[str, Any]:
+    """What a short training finds: epochs, accuracy, in the last rung that on mirror images too, and its precision.
+
+    Accuracies are None where the loss diverges. The precision that was fastest in the first trial serves all.
+    """
     net, preprocess = start(work, candidate)
     job = _training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds))
-    job.recipe = replace(job.recipe, flip=False)
+    earlier = work.records.find("trial")
+    job.recipe, job.mode = replace(job.recipe, flip=False), earlier.get("precision") if earlier else None
     try:
         trained = train(job)
     except Diverged as error:
         work.records.say(f"{candidate.name} is out: {error}")
-        return {"epochs": None, "val_top1": None, "mirrored_top1": None}
-    mirrored, _ = score(logits(net, job.validation, preprocess, mirror=True), job.validation.labels)
-    return {"epochs": trained.epochs, "val_top1": trained.accuracy, "mirrored_top1": mirrored}
+        return {"epochs": None, "val_top1": None, "mirrored_top1": None, "precision": job.mode}
+    found = {"epochs": trained.epochs, "val_top1": trained.accuracy, "mirrored_top1": None, "precision": job.mode}
+    if last:
+        found["mirrored_top1"], _ = score(logits(net, job.validation, preprocess, mirror=True), job.validation.labels)
+    return found
 
 
 def start(work: Work, candidate: Candidate) -> tuple[Net, Preprocess]:

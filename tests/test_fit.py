@@ -338,7 +338,7 @@ def test_a_disturbed_trial_is_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, epochs: tuple[float | None, ...], repeated: bool
 ) -> None:
     found = iter({"epochs": each, "val_top1": each and each / 10, "mirrored_top1": None} for each in epochs)
-    monkeypatch.setattr(stages, "_tried", lambda work, candidate, seconds: next(found))
+    monkeypatch.setattr(stages, "_tried", lambda work, candidate, seconds, last: next(found))
     work = SimpleNamespace(records=Records(tmp_path, lambda: 0.0))
     candidate = Candidate("resnet8_cifar", spec_of("resnet8_cifar"))
     for rung in (0, 1):

@@ -117,11 +117,20 @@ def test_screening_drops_exactly_what_breaks_a_limit(text: str) -> None:
     assert 0 < sum(candidate.status == "dropped" for candidate in pool) < len(pool)
 
 
+def test_ranking_begins_with_the_family_that_trains_fastest_at_its_own_size() -> None:
+    pool = candidates((32,), 3, 10)
+    for candidate in pool:
+        estimate_cost(candidate)
+    order = ranked(pool, lambda family: 60e6 if family == "mobilenet_v1" else 5e6)
+    assert order[0].name == "mobilenet_v1_cifar x1 @32"
+    assert all(candidate.macs < 30e6 for candidate in order[1:5])
+
+
 def test_ranking_takes_turns_among_families() -> None:
     pool = candidates((32,), 3, 10)
     for candidate in pool:
         estimate_cost(candidate)
-    order = ranked(pool, 20e6)
+    order = ranked(pool, lambda family: 20e6)
     assert sorted(c.name for c in order) == sorted(c.name for c in pool)
     families = {c.spec.family for c in pool}
     assert {c.spec.family for c in order[: len(families)]} == families

@@ -33,7 +33,7 @@ def of(pool: list[Candidate], name: str) -> Candidate:
     ("epochs", "teacher"),
     [
         (40, None),  # of which the winner would keep too few
-        (100, "airbench94 x0.5 @28"),
+        (100, "airbench94 x0.45 @28"),
         (1000, "airbench94 x1 @28"),
     ],
 )

@@ -1,6 +1,6 @@
 """The candidates: every family of the zoo over its widths and the input sizes, with exact costs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -157,20 +157,24 @@ def shortfall(name: str, measured: float, limit: float) -> str:
     return f"{name} {budget_value(name, measured)} is over {budget_value(name, limit)}"
 
 
-def ranked(pool: Sequence[Candidate], ideal_macs: float) -> list[Candidate]:
-    """The order in which to try: family by family in turn, in each the candidates nearest to `ideal_macs` first.
+def ranked(pool: Sequence[Candidate], ideal_macs: Callable[[str], float]) -> list[Candidate]:
+    """The order in which to try: family by family in turn, in each the candidates nearest to its ideal MACs first.
 
-    `ideal_macs` is what the time given can train well; below it capacity is lost, above it epochs.
+    `ideal_macs(family)` is what the time given can train well; below it capacity is lost, above it epochs. The family
+    that can train most comes first.
     """
 
     def distance(candidate: Candidate) -> float:
-        ratio = max(candidate.macs, 1) / ideal_macs
+        ratio = max(candidate.macs, 1) / ideal_macs(candidate.spec.family)
         return max(ratio, 1 / ratio)
+
+    def order(queue: list[Candidate]) -> tuple[float, float]:
+        return -ideal_macs(queue[0].spec.family), distance(queue[0])
 
     by_family: dict[str, list[Candidate]] = {}
     for candidate in sorted(pool, key=distance):
         by_family.setdefault(candidate.spec.family, []).append(candidate)
-    queues = sorted(by_family.values(), key=lambda queue: distance(queue[0]))
+    queues = sorted(by_family.values(), key=order)
     order: list[Candidate] = []
     for turn in range(max((len(queue) for queue in queues), default=0)):
         order += [queue[turn] for queue in queues if turn < len(queue)]

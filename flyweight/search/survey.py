@@ -1,17 +1,20 @@
 """Before training: which candidates can meet the budget, by exact cost and by measuring their exported graphs."""
 
 import json
+import time
 from collections.abc import Sequence
 from itertools import groupby
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from flyweight.bench.measure import latencies
 from flyweight.export import int8, onnx
 from flyweight.preprocess import Preprocess
 from flyweight.search.budget import Budget
 from flyweight.search.space import Candidate, estimate_cost, screen, shortfall
+from flyweight.train.platform import keep_freed_memory, precision, set_threads, usual_precision
 from flyweight.units import budget_value
 from flyweight.zoo import build, structure
 
@@ -50,6 +53,22 @@ def measure(candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, 
     measured = latencies(files, pictures[:1], threads, MEASURE_SECONDS, rounds=3)
     candidate.size_bytes = min(len(data) for data in files)
     candidate.latency_ms = min(speed.p50 for speed in measured)
+
+
+def training_speed(candidate: Candidate, batch_size: int) -> float:
+    """Forward multiply-accumulates a second with which a candidate trains here: the better of two steps."""
+    keep_freed_memory()
+    set_threads()
+    net = build(candidate.spec).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = torch.rand(batch_size, *candidate.spec.input).contiguous(memory_format=torch.channels_last)
+    labels = torch.zeros(batch_size, dtype=torch.long)
+    seconds = []
+    with precision(net, usual_precision()):
+        for _ in range(3):  # the first prepares what the others use
+            start = time.perf_counter()
+            F.cross_entropy(net(x).float(), labels).backward()
+            seconds.append(time.perf_counter() - start)
+    return candidate.macs * batch_size / min(seconds[1:])
 
 
 def judge(candidate: Candidate, budget: Budget) -> None:

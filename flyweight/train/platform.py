@@ -121,6 +121,11 @@ def _by_leaf(net: nn.Module, choose: Callable[[nn.Module], Forward | None]) -> I
             del leaf.forward
 
 
+def usual_precision() -> str:
+    """What is nearly always fastest where it is to be had."""
+    return "float32" if kernels.missing() else "fused"
+
+
 def faster_precision(net: nn.Module, step: Callable[[], None]) -> str:
     """The precision in which `step` (a training step of `net`) runs fastest here; remembered for machine and network.
 
