@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -261,7 +262,8 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
         trials = rungs(len(entrants), work.job.seconds)
         for candidate in entrants[trials[0].candidates if trials else 1 :]:
             candidate.why = "there was no time to try it"
-        order = halve(entrants, trials, lambda *trial: _trial(work, *trial, last=trial[1] == len(trials) - 1))
+        evaluate = partial(_trial, work, last=len(trials) - 1)
+        order = halve(entrants, trials, evaluate, final_seconds(work.job.seconds))
         winner = (order or entrants)[0]
     _tell_losers(pool, winner)
     splits = work.splits
@@ -296,13 +298,15 @@ def mirroring_is_harmless(trial: Mapping[str, Any], n: int) -> bool:
 
 
 def _tell_losers(pool: list[Candidate], winner: Candidate) -> None:
-    winner.status, winner.why = "winner", winner.why if winner.status == "dropped" else "best in its trials"
+    winner.status, winner.why = "winner", winner.why if winner.status == "dropped" else "best by its trials"
     for candidate in pool:
         if candidate.status == "tried" and candidate.val_top1 is not None:
-            candidate.why = candidate.why or f"beaten in a trial of {candidate.epochs:.2g} epochs"
+            better = winner.val_top1 is not None and candidate.val_top1 > winner.val_top1
+            lost = "gained too little by a longer trial, after" if better else "beaten in a trial of"
+            candidate.why = candidate.why or f"{lost} {candidate.epochs:.2g} epochs"
 
 
-def _trial(work: Work, candidate: Candidate, rung: int, seconds: float, last: bool = True) -> float | None:
+def _trial(work: Work, candidate: Candidate, rung: int, seconds: float, last: int) -> float | None:
     """The validation accuracy of a short training; None where its loss diverges.
 
     A trial that saw fewer pictures than the one before, in twice the time, was disturbed by something else on the
@@ -310,11 +314,11 @@ def _trial(work: Work, candidate: Candidate, rung: int, seconds: float, last: bo
     """
     record = work.records.find("trial", name=candidate.name, rung=rung)
     if record is None:
-        found = _tried(work, candidate, seconds, last)
+        found = _tried(work, candidate, seconds, rung == last)
         before = work.records.find("trial", name=candidate.name, rung=rung - 1)
         if before is not None and 0 < (found["epochs"] or 0) < (before["epochs"] or 0):
             work.records.say(f"the trial of {candidate.name} is repeated: the machine was busy with something else")
-            found = _tried(work, candidate, seconds, last)
+            found = _tried(work, candidate, seconds, rung == last)
         record = work.records.write("trial", name=candidate.name, rung=rung, seconds=round(seconds, 2), **found)
     candidate.status, candidate.val_top1, candidate.epochs = "tried", record["val_top1"], record["epochs"]
     if candidate.val_top1 is None:

@@ -193,7 +193,7 @@ def _candidates(rng: np.random.Generator, count: int, params: int, macs: int) ->
         elif index % 5 == 4:
             row |= {"status": "not tried", "val_top1": None, "epochs": None, "why": "no time was left"}
         rows.append(row)
-    rows[0] |= {"status": "winner", "params": params, "macs": macs, "why": "best in its trials"}
+    rows[0] |= {"status": "winner", "params": params, "macs": macs, "why": "best by its trials"}
     rows[0] |= {"val_top1": 0.9172, "epochs": 14.0}
     rows[0] |= {"latency_ms": 0.52, "size_bytes": 860_000}
     return rows

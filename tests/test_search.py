@@ -9,7 +9,7 @@ from flyweight.compress.precision import FLOAT, Variant, choose
 from flyweight.errors import UsageError
 from flyweight.search.budget import Budget, Limit, parse_time
 from flyweight.search.space import candidates, estimate_cost, input_sizes, ranked, screen
-from flyweight.search.strategy import halve, plan
+from flyweight.search.strategy import Rung, forecast, halve, plan
 from flyweight.zoo import families, smallest_input
 
 
@@ -164,6 +164,29 @@ def test_halving_finds_the_best_of_those_tried() -> None:
     assert 9 not in order
     assert sum(rung == 1 for _, rung in asked) == 3
     assert halve([4, 2], [], evaluate) == [4, 2]
+
+
+@pytest.mark.parametrize(
+    ("scores", "doublings", "expected"),
+    [
+        ([0.5], 4, 0.5),
+        ([0.5, 0.75], 0, 0.75),
+        ([0.5, 0.75], 2, 1 - 0.25 / 4),
+        ([0.5, 0.9], 1, 0.95),  # more than half of the error never falls at once
+        ([0.5, 0.4], 3, 0.4),
+        ([1.0, 1.0], 3, 1.0),
+    ],
+)
+def test_the_error_falls_as_a_power_of_the_time(scores: list[float], doublings: float, expected: float) -> None:
+    assert forecast(scores, doublings) == pytest.approx(expected)
+
+
+def test_what_learns_fast_at_first_is_overtaken() -> None:
+    """Accuracies of two networks on CIFAR-10 after 10 and 20 seconds."""
+    found = {"alexnet": (0.590, 0.669), "airbench": (0.493, 0.657)}
+    rungs = [Rung(2, 10.0), Rung(2, 20.0)]
+    assert halve(["alexnet", "airbench"], rungs, lambda name, rung, seconds: found[name][rung])[0] == "alexnet"
+    assert halve(["alexnet", "airbench"], rungs, lambda name, rung, seconds: found[name][rung], 400.0)[0] == "airbench"
 
 
 def variant(name: str, accuracy: float, ms: float, excess: float = 0.0, agrees: bool = True) -> Variant:
