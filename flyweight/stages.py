@@ -172,7 +172,8 @@ def survey_candidates(work: Work) -> list[Candidate]:
     order = in_order(work.job, len(splits.train), alive, training_speeds(work, alive, share / 2))
     trials, entrants = rungs(len(order), work.job.seconds), 0
     wanted = trials[0].candidates if trials else 1
-    for candidate in order:
+    while order:
+        candidate = order.pop(0)
         if entrants == wanted:  # more could not be tried
             candidate.why = f"{wanted} suited the time better, and more could not be tried"
         elif work.watch.elapsed - begun > share:
@@ -180,9 +181,17 @@ def survey_candidates(work: Work) -> list[Candidate]:
         else:
             _measure(work, candidate)
             entrants += candidate.status != "dropped"
+            if candidate.status == "dropped":
+                order = next_of_family(order, candidate)
             work.records.progress("measuring candidates", max((work.watch.elapsed - begun) / share, entrants / wanted))
     work.watch.ends("search")
     return pool
+
+
+def next_of_family(order: Sequence[Candidate], dropped: Candidate) -> list[Candidate]:
+    """Where a candidate falls, the next of its family takes its turn."""
+    alike = [each for each in order if each.spec.family == dropped.spec.family and each.weights == dropped.weights]
+    return [*alike[:1], *(each for each in order if each not in alike[:1])]
 
 
 def pool_of(job: Job, source: Source, sizes: Sequence[int]) -> list[Candidate]:

@@ -10,6 +10,7 @@ from flyweight.errors import UsageError
 from flyweight.search.budget import Budget, Limit, parse_time
 from flyweight.search.space import candidates, estimate_cost, input_sizes, ranked, screen
 from flyweight.search.strategy import Rung, forecast, halve, plan
+from flyweight.stages import next_of_family
 from flyweight.zoo import families, smallest_input
 
 
@@ -124,6 +125,15 @@ def test_ranking_begins_with_the_family_that_trains_fastest_at_its_own_size() ->
     order = ranked(pool, lambda family: 60e6 if family == "mobilenet_v1" else 5e6)
     assert order[0].name == "mobilenet_v1_cifar x1 @32"
     assert all(candidate.macs < 30e6 for candidate in order[1:5])
+
+
+def test_the_next_of_a_family_takes_the_turn_of_what_falls() -> None:
+    pool = candidates((32,), 3, 10)
+    nin = [each for each in pool if each.spec.family == "nin"]
+    others = [each for each in pool if each.spec.family in ("resnet", "alexnet")]
+    order = next_of_family([*others, *nin[1:]], nin[0])
+    assert order == [nin[1], *others, *nin[2:]]
+    assert next_of_family(others, nin[0]) == others
 
 
 def test_ranking_takes_turns_among_families() -> None:
