@@ -168,13 +168,13 @@ def ranked(pool: Sequence[Candidate], ideal_macs: Callable[[str], float]) -> lis
         ratio = max(candidate.macs, 1) / ideal_macs(candidate.spec.family)
         return max(ratio, 1 / ratio)
 
-    def order(queue: list[Candidate]) -> tuple[float, float]:
+    def place(queue: list[Candidate]) -> tuple[float, float]:
         return -ideal_macs(queue[0].spec.family), distance(queue[0])
 
     by_family: dict[str, list[Candidate]] = {}
     for candidate in sorted(pool, key=distance):
         by_family.setdefault(candidate.spec.family, []).append(candidate)
-    queues = sorted(by_family.values(), key=order)
+    queues = sorted(by_family.values(), key=place)
     order: list[Candidate] = []
     for turn in range(max((len(queue) for queue in queues), default=0)):
         order += [queue[turn] for queue in queues if turn < len(queue)]
