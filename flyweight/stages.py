@@ -43,6 +43,8 @@ from flyweight.zoo import build
 # Shares of the time given: measuring candidates, and trying them. What compressing and verifying need is set aside; the
 # final training has the rest.
 MEASURE_SHARE, TRIAL_SHARE = 0.08, 0.2
+# Only where so many seconds go into measuring are the families' speeds of training measured too.
+WORTH_SPEEDS = 10.0
 # A candidate suits the time if its final training sees every picture about this often, and so many pictures in all
 # where there are few; a first trial sees 1/48 of that.
 EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48, 3.0
@@ -169,14 +171,15 @@ def survey_candidates(work: Work) -> list[Candidate]:
     work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
     alive = [candidate for candidate in pool if candidate.status != "dropped"]
     begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
-    order = in_order(work.job, len(splits.train), alive, training_speeds(work, alive, share / 2))
+    speeds = training_speeds(work, alive, share / 2) if share > WORTH_SPEEDS else {}
+    order = in_order(work.job, len(splits.train), alive, speeds)
     trials, entrants = rungs(len(order), work.job.seconds), 0
     wanted = trials[0].candidates if trials else 1
     while order:
         candidate = order.pop(0)
         if entrants == wanted:  # more could not be tried
             candidate.why = f"{wanted} suited the time better, and more could not be tried"
-        elif work.watch.elapsed - begun > share:
+        elif work.watch.elapsed - begun > (share if entrants else 2 * share):
             candidate.why = "there was no time to measure it"
         else:
             _measure(work, candidate)
