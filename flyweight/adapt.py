@@ -72,7 +72,7 @@ def _spread(leaf: Window, gap: int, path: str) -> nn.Module:
 
 # What answers k times as much to k times its input, for k > 0.
 HOMOGENEOUS = (
-    *(nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.Dropout, nn.Flatten),
+    *(nn.Identity, nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten),
     *(ops.Add, ops.Cat, ops.Part, ops.PadChannels, ops.ChannelShuffle, ops.GlobalAvgPool, ops.GlobalMaxPool),
 )
 
