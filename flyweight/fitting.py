@@ -61,9 +61,9 @@ def fit(
 def resume(folder: str | Path, listener: Listener | None = None) -> Run:
     """Goes on with an interrupted run in the time that it has left; a finished one is opened. Raises UsageError."""
     folder = Path(folder)
+    job = load(folder / FILE, "fit", Job)
     if (folder / "result.json").exists():
         return Run(folder)
-    job = load(folder / FILE, "fit", Job)
     watch = Stopwatch(seconds_spent(folder))
     source = open_source(job.source)
     for donor in stages.donors(job):

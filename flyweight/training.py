@@ -103,9 +103,9 @@ def train_network(request: Request, out: Path | None = None, listener: Listener 
 
 def resume(folder: Path, listener: Listener | None = None) -> dict[str, Any]:
     """Goes on with an interrupted training; of a finished one, its result. Raises UsageError where there is none."""
+    request, spent = load(folder / FILE, "train", Request), seconds_spent(folder)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    request, spent = load(folder / FILE, "train", Request), seconds_spent(folder)
     with joined() as group:
         plan = _plan(request)
         splits = _splits(request, plan[0], plan[1], listener)

@@ -159,6 +159,7 @@ def test_a_folder_without_a_sweep_is_told(tmp_path: Path) -> None:
 def test_a_folder_of_another_command_is_told(tmp_path: Path, asked: str, go_on: Callable[[Path], object]) -> None:
     other = {"fit": "train", "train": "fit"}[asked]
     (tmp_path / "run.json").write_text(json.dumps({"verb": other}))
+    (tmp_path / "result.json").write_text("{}")  # though finished
     with pytest.raises(UsageError, match=rf"another command: flyweight {other} --resume"):
         go_on(tmp_path)
 
