@@ -83,7 +83,7 @@ def normalise_features(net: Net, x: Tensor) -> float:
 
     Such a network passes on the scale of its input `x`, normalised pictures [N, C, H, W]: for values from 0 to 255 no
     learning rate suits a new classifier. Where every layer before it is homogeneous but for the biases, dividing these,
-    and the kernels that read the input, divides all values exactly. Elsewhere nothing changes. Returns the divisor (1).
+    and the kernels that read the input, divides all values exactly. Elsewhere nothing changes, and the divisor is 1.
     """
     nodes = trace(net, tuple(x.shape[1:])).nodes
     before = nodes[: next(i for i, node in enumerate(nodes) if node.leaf is net.get_classifier())]

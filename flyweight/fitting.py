@@ -19,6 +19,7 @@ from flyweight.search.strategy import Rung
 from flyweight.search.supply import AUTO, FETCH_SHARE, NONE, suits, supply
 from flyweight.search.survey import cost_all
 from flyweight.ship import write_json
+from flyweight.teacher import teach
 from flyweight.train.platform import check_threads
 
 
@@ -76,7 +77,8 @@ def resume(folder: str | Path, listener: Listener | None = None) -> Run:
 class Outlook:
     """What a job would do: all candidates with their fate so far, the order of trying, the rungs and the seconds.
 
-    `notes` say what there is to be said of weights to start from.
+    The order is by one assumed speed of training; the job measures each family's own. `notes` say what there is to be
+    said of weights to start from.
     """
 
     pool: list[Candidate]
@@ -169,7 +171,7 @@ def _carry_out(work: stages.Work) -> Run:
     stages.introduce(work)
     pool = stages.survey_candidates(work)
     winner = stages.race(work, pool)
-    net, preprocess = stages.train_winner(work, pool, winner)
+    net, preprocess = stages.train_winner(work, winner, teach(work, pool, winner))
     shipped, counted = stages.compress(work, net, preprocess)
     parity = stages.verify(work, net, preprocess, shipped)
     if not parity.passed:

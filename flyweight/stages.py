@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save
 from torch import Tensor
 
 from flyweight import __version__
@@ -33,7 +32,6 @@ from flyweight.search.space import Candidate, candidates, input_sizes, pretraine
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure, training_speed
 from flyweight.ship import write_card, write_json, write_model, write_network
-from flyweight.train.checkpoint import write_atomically
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import FINE_TUNING, recipe_for
@@ -53,11 +51,8 @@ EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48
 TRAINING_MACS = 12e9
 DOING = {"trial": "trying", "teacher": "training as a teacher", "final": "training"}
 MISTAKES, MOST_RESTARTS = 24, 3
-# A teacher has this share of the final training's time. It must be so much larger than the winner, see every picture
-# about so often, and leave time for the winner to see it so often; with fewer pictures it would know them by heart. Its
-# answers, at this temperature, have this share in the targets.
-TEACHER_SHARE, LEAST_WIDER, TEACHER_EPOCHS, STUDENT_EPOCHS, TEACHABLE = 0.3, 1.5, 10, 50, 20_000
-SOFTNESS, DISTILLED = 2.0, 0.5
+# The share in the targets that a teacher's answers have.
+DISTILLED = 0.5
 # Mirroring that costs a network more of its accuracy than this, and more than chance, changes what pictures mean.
 MIRROR_LOSS = 0.03
 # Pictures that place the int8 ranges of untrained networks, that give the mean and deviation of pixels, and the scale
@@ -171,8 +166,9 @@ def survey_candidates(work: Work) -> list[Candidate]:
     work.records.say(f"{len(pool)} candidates, of which {len(dropped)} fall by their cost alone")
     alive = [candidate for candidate in pool if candidate.status != "dropped"]
     begun, share = work.watch.elapsed, work.job.seconds * MEASURE_SHARE
-    speeds = training_speeds(work, alive, share / 2) if share > WORTH_SPEEDS else {}
-    order = in_order(work.job, len(splits.train), alive, speeds)
+    if share > WORTH_SPEEDS:
+        measure_speeds(work, alive, share / 2)
+    order = in_order(work.job, len(splits.train), alive, _speeds(work.records))
     trials, entrants = rungs(len(order), work.job.seconds), 0
     wanted = trials[0].candidates if trials else 1
     while order:
@@ -210,16 +206,20 @@ def donors(job: Job) -> list[Donor]:
     return [Donor.from_json(each) for each in job.weights]
 
 
-def training_speeds(work: Work, pool: Sequence[Candidate], seconds: float) -> dict[str, float]:
-    """Forward MACs a second with which families train here, each by its likeliest candidate, measured in `seconds`."""
+def measure_speeds(work: Work, pool: Sequence[Candidate], seconds: float) -> None:
+    """Records how fast families train here, each by its likeliest candidate, as many as `seconds` allow."""
     begun = work.watch.elapsed
-    found = {record["family"]: record["macs_per_second"] for record in work.records.all("speed")}
     for candidate in in_order(work.job, len(work.splits.train), pool):
-        family = candidate.spec.family
-        if family not in found and work.watch.elapsed - begun < seconds:
-            found[family] = training_speed(candidate, recipe_for(candidate.spec.input[1]).batch_size)
-            work.records.write("speed", family=family, name=candidate.name, macs_per_second=round(found[family]))
-    return found
+        known = candidate.spec.family in _speeds(work.records)
+        if not known and work.watch.elapsed - begun < seconds:
+            speed = training_speed(candidate, recipe_for(candidate.spec.input[1]).batch_size)
+            family = candidate.spec.family
+            work.records.write("speed", family=family, name=candidate.name, macs_per_second=round(speed))
+
+
+def _speeds(records: Records) -> dict[str, float]:
+    """Forward MACs a second with which families train here, of those that were measured."""
+    return {record["family"]: record["macs_per_second"] for record in records.all("speed")}
 
 
 def in_order(
@@ -267,7 +267,7 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
     if chosen is not None:
         return next(candidate for candidate in pool if candidate.name == chosen["name"])
     entrants = [candidate for candidate in pool if candidate.status != "dropped" and candidate.latency_ms is not None]
-    entrants = in_order(work.job, len(work.splits.train), entrants, training_speeds(work, entrants, 0.0))
+    entrants = in_order(work.job, len(work.splits.train), entrants, _speeds(work.records))
     if not entrants:
         winner = _nearest(work, pool)
     else:
@@ -344,7 +344,7 @@ def _tried(work: Work, candidate: Candidate, seconds: float, last: bool) -> dict
     Accuracies are None where the loss diverges. The precision that was fastest in the first trial serves all.
     """
     net, preprocess = start(work, candidate)
-    job = _training(work, candidate, net, preprocess, "trial", Clock(seconds=seconds))
+    job = training_of(work, candidate, net, preprocess, "trial", Clock(seconds=seconds))
     earlier = work.records.find("trial")
     job.recipe, job.mode = replace(job.recipe, flip=False), earlier.get("precision") if earlier else None
     try:
@@ -376,7 +376,11 @@ def _sample(work: Work, candidate: Candidate, count: int) -> np.ndarray:
     return train_split.batch(candidate.spec.input[1], calibration_sample(len(train_split), work.job.seed, count))
 
 
-def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess, stage: str, clock: Clock) -> Training:
+def training_of(
+    work: Work, candidate: Candidate, net: Net, preprocess: Preprocess, stage: str, clock: Clock
+) -> Training:
+    """A candidate's training that leaves its records under the name of the stage: "trial", "teacher" or "final"."""
+
     def emit(values: dict[str, Any]) -> None:
         work.records.write("epoch", stage=stage, name=candidate.name, **values)
 
@@ -398,70 +402,23 @@ def _training(work: Work, candidate: Candidate, net: Net, preprocess: Preprocess
     )
 
 
-def teach(work: Work, pool: Sequence[Candidate], winner: Candidate) -> Tensor | None:
-    """A larger network's answers to the training pictures, where the time allows to train one: [pictures, classes].
+def train_winner(work: Work, winner: Candidate, answers: Tensor | None) -> tuple[Net, Preprocess]:
+    """The final training, in the time recorded for it; a diverging loss starts it again at half the learning rate.
 
-    They are its probabilities at a raised temperature, the mean of each picture and its mirror image where the winner
-    may see those. Computed once, they cost the winner's own training nothing.
+    `answers` are a teacher's to the training pictures, whose time was taken from the winner's.
     """
-    record, trial = work.records.find("winner"), work.records.find("trial", name=winner.name)
+    record, teacher = work.records.find("winner"), work.records.find("teacher")
     assert record is not None
-    if trial is None or winner.weights is not None or len(work.splits.train) < TEACHABLE:
-        return None
-    seconds = TEACHER_SHARE * record["seconds"]
-    teacher = teacher_of(pool, winner, (trial["epochs"] or 0.0) / trial["seconds"], seconds)
-    if teacher is None:
-        return None
-    place = work.folder / "state" / "answers.safetensors"
-    if work.records.find("teacher") is None:
-        net, preprocess = start(work, teacher)
-        job = _training(work, teacher, net, preprocess, "teacher", Clock(seconds=seconds))
-        job.checkpoint = work.folder / "state" / "teacher.safetensors"
-        job.recipe = replace(job.recipe, flip=record["flip"])
-        trained = train(job)
-        outputs = logits(net, work.splits.train, preprocess)
-        if record["flip"]:
-            outputs = (outputs + logits(net, work.splits.train, preprocess, mirror=True)) / 2
-        write_atomically(place, save({"answers": (outputs / SOFTNESS).softmax(dim=1).numpy()}))
-        told = {"name": teacher.name, "epochs": trained.epochs, "val_top1": trained.accuracy}
-        work.records.write("teacher", seconds=round(job.clock.spent, 1), **told)
-        work.watch.ends("train")
-    return torch.from_numpy(load_file(place)["answers"])
-
-
-def teacher_of(pool: Sequence[Candidate], winner: Candidate, pace: float, seconds: float) -> Candidate | None:
-    """The widest form of the winner that learns enough in `seconds`; None where there is no time for a teacher.
-
-    `pace` is the winner's, in epochs a second; that of wider forms is taken to fall as their MACs rise.
-    """
-    if pace * seconds * (1 - TEACHER_SHARE) / TEACHER_SHARE < STUDENT_EPOCHS:
-        return None
-    most = winner.macs * pace * seconds / TEACHER_EPOCHS
-    wider = [
-        candidate
-        for candidate in pool
-        if candidate.spec.family == winner.spec.family
-        and candidate.spec.input == winner.spec.input
-        and LEAST_WIDER * winner.macs <= candidate.macs <= most
-    ]
-    return max(wider, key=lambda candidate: candidate.macs, default=None)
-
-
-def train_winner(work: Work, pool: Sequence[Candidate], winner: Candidate) -> tuple[Net, Preprocess]:
-    """The final training, in the time recorded for it; a diverging loss starts it again at half the learning rate."""
-    record, knowledge = work.records.find("winner"), teach(work, pool, winner)
-    assert record is not None
-    teacher = work.records.find("teacher")
     given = record["seconds"] - (teacher["seconds"] if teacher else 0.0)
     while True:
         restarts = work.records.all("restart")
         seconds = restarts[-1]["seconds"] if restarts else given
         net, preprocess = start(work, winner)
-        job = _training(work, winner, net, preprocess, "final", Clock(seconds=seconds))
+        job = training_of(work, winner, net, preprocess, "final", Clock(seconds=seconds))
         job.checkpoint = work.folder / f"state/final-{len(restarts)}.safetensors"  # each attempt goes on with its own
         rate = job.recipe.learning_rate / 2 ** len(restarts)
         job.recipe = replace(job.recipe, flip=record["flip"], learning_rate=rate, distil=DISTILLED)
-        job.answers = knowledge
+        job.answers = answers
         try:
             trained = train(job)
             break
@@ -588,7 +545,9 @@ def finish(
 
 def _teacher(records: Records) -> dict[str, Any] | None:
     record = records.find("teacher")
-    return None if record is None else {key: record[key] for key in ("name", "epochs", "val_top1", "seconds")}
+    if record is None or record["val_top1"] is None:
+        return None
+    return {key: record[key] for key in ("name", "epochs", "val_top1", "seconds")}
 
 
 def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any]:

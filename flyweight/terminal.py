@@ -95,7 +95,7 @@ def _line(record: Mapping[str, Any]) -> str:
             return f"trial {record['rung'] + 1}: {record['name']} {score}"
         case "winner":
             return f"chosen: {record['name']}, to be trained for {record['seconds']:.0f} s"
-        case "teacher":
+        case "teacher" if record["val_top1"] is not None:
             return f"it also learns from {record['name']}: {percent(record['val_top1'])} on validation"
         case "restart":
             return f"{record['name']} begins again at half the learning rate: {record['why']}"

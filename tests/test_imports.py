@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
     "ops", "graph", "channels", "initialise", "blocks", "net", "heads", "adapt", "zoo", "fold", "costs", "weights",
     "transfer", "foreign", "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench",
-    "compress", "evaluation", "search", "stages", "fitting", "training", "sweep", "cli",
+    "compress", "evaluation", "search", "stages", "teacher", "fitting", "training", "sweep", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}

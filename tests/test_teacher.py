@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from flyweight import stages
+from flyweight import stages, teacher
 from flyweight.data import Splits, open_source, prepare
 from flyweight.job import Job, Stopwatch
 from flyweight.records import Records
 from flyweight.search.budget import Budget
 from flyweight.search.space import Candidate, candidates, estimate_cost
-from flyweight.train.loop import Clock, Training, score, train
+from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.recipe import Recipe
 
 SECONDS = 8.0
@@ -30,7 +30,7 @@ def of(pool: list[Candidate], name: str) -> Candidate:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "teacher"),
+    ("epochs", "expected"),
     [
         (40, None),  # of which the winner would keep too few
         (100, "airbench94 x0.45 @28"),
@@ -38,14 +38,14 @@ def of(pool: list[Candidate], name: str) -> Candidate:
     ],
 )
 def test_the_teacher_is_the_widest_that_there_is_time_for(
-    pool: list[Candidate], epochs: float, teacher: str | None
+    pool: list[Candidate], epochs: float, expected: str | None
 ) -> None:
     winner, seconds = of(pool, "airbench94 x0.25 @28"), 100.0
-    found = stages.teacher_of(pool, winner, epochs / seconds, stages.TEACHER_SHARE * seconds)
-    assert (found.name if found else None) == teacher
+    found = teacher.teacher_of(pool, winner, epochs / seconds, teacher.SHARE * seconds)
+    assert (found.name if found else None) == expected
     if found:
-        seen = epochs * stages.TEACHER_SHARE * winner.macs / found.macs
-        assert seen >= stages.TEACHER_EPOCHS
+        seen = epochs * teacher.SHARE * winner.macs / found.macs
+        assert seen >= teacher.TEACHER_EPOCHS
 
 
 @pytest.fixture(scope="module")
@@ -59,17 +59,17 @@ def work(folder: Path, splits: Splits, name: str) -> stages.Work:
     (folder / "state").mkdir()
     records = Records(folder, lambda: watch.elapsed)
     records.write("trial", name=name, rung=0, seconds=1.0, epochs=20.0, val_top1=0.5, mirrored_top1=0.5)
-    records.write("winner", name=name, seconds=SECONDS / stages.TEACHER_SHARE, flip=False)
+    records.write("winner", name=name, seconds=SECONDS / teacher.SHARE, flip=False)
     return stages.Work(folder, job, Budget.parse(job.budget), source, splits, records, watch)
 
 
 def test_what_a_teacher_knows_is_learnt_once(
     pool: list[Candidate], splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "TEACHABLE", 100)
+    monkeypatch.setattr(teacher, "TEACHABLE", 100)
     winner = of(pool, "airbench94 x0.125 @28")
     under_way = work(tmp_path, splits, winner.name)
-    answers = stages.teach(under_way, pool, winner)
+    answers = teacher.teach(under_way, pool, winner)
     assert answers is not None
     assert answers.shape == (len(splits.train), 10)
     torch.testing.assert_close(answers.sum(dim=1), torch.ones(len(answers)))
@@ -77,16 +77,32 @@ def test_what_a_teacher_knows_is_learnt_once(
     taught = under_way.records.find("teacher")
     assert taught is not None
     assert of(pool, taught["name"]).macs > winner.macs
-    monkeypatch.setattr(stages, "train", None)  # interrupted and resumed, the job trains it no more
-    again = stages.teach(under_way, pool, winner)
+    monkeypatch.setattr(teacher, "train", None)  # interrupted and resumed, the job trains it no more
+    again = teacher.teach(under_way, pool, winner)
     assert again is not None
     assert torch.equal(again, answers)
 
 
+def test_a_teacher_that_diverges_teaches_nothing_and_ends_no_job(
+    pool: list[Candidate], splits: Splits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def diverge(job: Training) -> None:
+        raise Diverged("the loss became nan")
+
+    monkeypatch.setattr(teacher, "TEACHABLE", 100)
+    monkeypatch.setattr(teacher, "train", diverge)
+    winner = of(pool, "airbench94 x0.125 @28")
+    under_way = work(tmp_path, splits, winner.name)
+    assert teacher.teach(under_way, pool, winner) is None
+    monkeypatch.setattr(teacher, "train", None)  # nor is it tried again after an interruption
+    assert teacher.teach(under_way, pool, winner) is None
+    assert any("teaches nothing" in record["message"] for record in under_way.records.all("log"))
+
+
 def test_few_pictures_have_no_teacher(pool: list[Candidate], splits: Splits, tmp_path: Path) -> None:
     winner = of(pool, "airbench94 x0.125 @28")
-    assert len(splits.train) < stages.TEACHABLE
-    assert stages.teach(work(tmp_path, splits, winner.name), pool, winner) is None
+    assert len(splits.train) < teacher.TEACHABLE
+    assert teacher.teach(work(tmp_path, splits, winner.name), pool, winner) is None
 
 
 def test_a_network_learns_what_its_teacher_says(pool: list[Candidate], splits: Splits, tmp_path: Path) -> None:
@@ -98,5 +114,5 @@ def test_a_network_learns_what_its_teacher_says(pool: list[Candidate], splits: S
     job.answers = torch.nn.functional.one_hot(torch.from_numpy(wrong), 10).float()
     accuracy = train(job).accuracy
     assert accuracy < 0.1
-    outputs = stages.logits(net, splits.validation, preprocess)
+    outputs = logits(net, splits.validation, preprocess)
     assert score(outputs, (splits.validation.labels + 1) % 10)[0] > 0.5
