@@ -288,7 +288,7 @@ def test_an_export_that_answers_otherwise_is_not_shipped(tmp_path: Path, monkeyp
         stages, "answers", lambda run, data, preprocess: np.roll(honest(run, data, preprocess), 1, axis=1)
     )
     with pytest.raises(ParityError, match="nothing was shipped"):
-        flyweight.fit("demo", "size<=200KB", time="40s", out=tmp_path / "run")
+        flyweight.fit("demo", "params<=200k", time="8s", out=tmp_path / "run")
     assert not (tmp_path / "run" / "model.onnx").exists()
     assert ParityError.exit_code == 5
 
@@ -353,13 +353,12 @@ def test_a_job_starts_from_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = create_model("airbench94", num_classes=4, in_chans=3, width=0.25, size=28)  # for other classes and channels
     weights.write_bytes(net_bytes(net, Preprocess((28, 28), 3, (72.5,) * 3, (90.0,) * 3)))
-    run = flyweight.fit("demo", "params<=200k", time="40s", out=tmp_path / "run", pretrained=weights)
+    run = flyweight.fit("demo", "params<=200k", time="8s", out=tmp_path / "run", pretrained=weights)
     records = [json.loads(line) for line in (run.folder / "records.jsonl").read_text(encoding="utf-8").splitlines()]
     told = [record["message"] for record in records if record["kind"] == "log"]
     assert any("the classifier for 4 classes was dropped" in message for message in told)
     assert any("kernels were summed for grey" in message for message in told)
-    tried = {record["name"] for record in records if record["kind"] == "trial"}
-    assert "airbench x0.25 @28 from earlier" in tried
+    assert run.result["winner"]["name"].endswith(" from earlier"), "so short a job trains the first candidate"
     job = json.loads((run.folder / "run.json").read_text(encoding="utf-8"))
     assert job["pretrained"] == str(weights)
     assert job["command"].endswith(f"--pretrained {weights}")
@@ -368,11 +367,8 @@ def test_a_job_starts_from_weights(tmp_path: Path) -> None:
     from_it = [candidate["name"] for candidate in run.result["candidates"] if candidate["weights"] == "earlier"]
     assert from_it == [name for name in (c["name"] for c in run.result["candidates"]) if name.endswith(" from earlier")]
     card = (run.folder / "MODEL_CARD.md").read_text(encoding="utf-8")
-    if run.result["winner"]["weights"]:
-        assert f"Fine-tuned from the weights earlier (file {weights.name}, sha256 " in card
-        assert "Licence of these weights: not known." in card
-    else:
-        assert "From random weights" in card
+    assert f"Fine-tuned from the weights earlier (file {weights.name}, sha256 " in card
+    assert "Licence of these weights: not known." in card
 
 
 def tiny_source(monkeypatch: pytest.MonkeyPatch) -> Source:
