@@ -225,6 +225,15 @@ def test_pictures_grow_in_stages() -> None:
     assert shrunk(x, 32) is x
 
 
+def test_stages_too_small_for_the_network_are_left_out_with_a_word(splits) -> None:
+    task = job(splits, Recipe(resize=((0.3, 0.1), (0.6, 0.75))), epochs=1.0)
+    said: list[str] = []
+    task.note = said.append
+    train(task)
+    assert task.recipe.resize == ((0.6, 0.75),)
+    assert [note for note in said if "3 pixels" in note] == [said[0]], "3 of 28 pixels, which its pools make nothing of"
+
+
 @pytest.mark.parametrize("name", OPTIMISERS)
 def test_every_optimiser_learns_a_batch(name: str, splits) -> None:
     data = splits.train.subset(np.arange(64))

@@ -520,6 +520,14 @@ def test_clean_test_images_are_reported(tmp_path: Path) -> None:
     assert "61.1 % on the 216 that repeat no training image (54.4 % to 67.4 %); 24 do" in visible(read(run, tmp_path))
 
 
+def test_a_teacher_is_named(tmp_path: Path) -> None:
+    run = RunFolder(FASHION)
+    run.result["winner"]["teacher"] = {"name": "airbench94 x1 @28", "epochs": 12.0, "val_top1": 0.931, "seconds": 75.0}
+    told = visible(read(run, tmp_path))
+    assert "learned from the answers of airbench94 x1 @28, which was trained for" in told
+    assert "93.1 % right" in told
+
+
 def test_what_a_resumed_job_repeats_stands_once(tmp_path: Path) -> None:
     run = RunFolder(FASHION)
     once = load(run.write(tmp_path / "once"))

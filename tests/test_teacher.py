@@ -99,6 +99,20 @@ def test_a_teacher_that_diverges_teaches_nothing_and_ends_no_job(
     assert any("teaches nothing" in record["message"] for record in under_way.records.all("log"))
 
 
+def test_each_family_s_speed_of_training_is_measured_once(
+    pool: list[Candidate], splits: Splits, tmp_path: Path
+) -> None:
+    narrow = [of(pool, name) for name in ("airbench94 x0.125 @28", "airbench94 x0.25 @28", "resnet8_cifar x0.25 @28")]
+    under_way = work(tmp_path, splits, narrow[0].name)
+    stages.measure_speeds(under_way, narrow, 60.0)
+    found = {record["family"]: record["macs_per_second"] for record in under_way.records.all("speed")}
+    assert len(found) == len(under_way.records.all("speed")) == 2, "one of each family"
+    assert all(speed > 1e6 for speed in found.values())
+    stages.measure_speeds(under_way, narrow, 60.0)
+    assert len(under_way.records.all("speed")) == 2, "nor again after an interruption"
+    assert stages._speeds(under_way.records) == found
+
+
 def test_few_pictures_have_no_teacher(pool: list[Candidate], splits: Splits, tmp_path: Path) -> None:
     winner = of(pool, "airbench94 x0.125 @28")
     assert len(splits.train) < teacher.TEACHABLE
