@@ -2,9 +2,12 @@
 
 import copy
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from flyweight.affine import fold_bias, fold_kernel, norm_scale
 from flyweight.graph import Shape, trace
 
 
@@ -30,7 +33,12 @@ def fold_batchnorm(net: nn.Module, input_shape: Shape) -> nn.Module:
 def _merge(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
-    bias = conv.bias if conv.bias is not None else torch.zeros_like(norm.running_mean)
-    conv.weight.mul_(scale.view(-1, 1, 1, 1))
-    conv.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias)
+    scale, mean = norm_scale(_array(norm.weight), _array(norm.running_var), norm.eps), _array(norm.running_mean)
+    before = np.zeros_like(mean) if conv.bias is None else _array(conv.bias)
+    bias = fold_bias(before, mean, scale, _array(norm.bias))
+    conv.weight.copy_(torch.from_numpy(fold_kernel(_array(conv.weight), scale)))
+    conv.bias = nn.Parameter(torch.from_numpy(bias).to(conv.weight.device))
+
+
+def _array(tensor: torch.Tensor) -> NDArray:
+    return tensor.detach().cpu().numpy()

@@ -1,4 +1,4 @@
-"""A finished run, or any ONNX file flyweight wrote, as a classifier. Needs onnxruntime, numpy and pillow, not torch."""
+"""A finished run as a classifier. Needs onnxruntime, numpy and pillow, not torch."""
 
 import json
 from collections.abc import Sequence
@@ -8,55 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from flyweight.bench.engines import onnxruntime as engine
+from flyweight.classifier import Classifier
 from flyweight.data.images import ImageSource
 from flyweight.errors import FlyweightError, UsageError
-from flyweight.preprocess import Preprocess
-
-BATCH = 64
-
-
-class Classifier:
-    """A shipped ONNX file: pictures in, class names or probabilities out."""
-
-    def __init__(self, path: Path, threads: int = 1) -> None:
-        self.path = path
-        try:
-            self._session = engine.session(path.read_bytes(), threads)
-        except FileNotFoundError:
-            raise UsageError(f"{path} does not exist: check the path") from None
-        except Exception as error:  # onnxruntime raises its own classes, one for each way to be no model
-            raise FlyweightError(f"{path} is no ONNX model that can be run: {_first_line(error)}") from error
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        if "classes" not in metadata or "preprocess" not in metadata:
-            raise UsageError(
-                f"{path} lacks the metadata 'classes' and 'preprocess', so it was not written by flyweight"
-            )
-        self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
-        self.preprocess = Preprocess.from_json(json.loads(metadata["preprocess"]))
-
-    def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
-        """Probabilities float32 [N, classes] of pictures: paths, encoded bytes, Pillow images or uint8 [H, W, C].
-
-        Raises DataError naming the first picture that cannot be read.
-        """
-        pictures = _listed(images)
-        if not pictures:
-            return np.empty((0, len(self.classes)), np.float32)
-        out = []
-        for start in range(0, len(pictures), BATCH):
-            out.append(
-                self.answers(np.stack([self.preprocess.pixels(picture) for picture in pictures[start : start + BATCH]]))
-            )
-        return np.concatenate(out)
-
-    def answers(self, pixels: np.ndarray) -> np.ndarray:
-        """Probabilities float32 [N, classes] of pictures that are ready, uint8 [N, H, W, C] at the network's size."""
-        return np.asarray(self._session.run(None, {"image": pixels})[0])
-
-    def predict(self, images: ImageSource | Sequence[ImageSource]) -> list[str]:
-        """The most probable class of each picture."""
-        return [self.classes[i] for i in self.predict_proba(images).argmax(axis=1)]
+from flyweight.packed import SUFFIX, open_packed
 
 
 class Run:
@@ -79,7 +34,7 @@ class Run:
     @cached_property
     def classifier(self) -> Classifier:
         """The classifier that the run shipped."""
-        return Classifier(self.folder / self.result["shipped"]["file"], self.result["threads"])
+        return open_classifier(self.folder / self.result["shipped"]["file"], self.result["threads"])
 
     @property
     def met(self) -> bool:
@@ -107,17 +62,11 @@ def load(path: str | Path) -> Run:
 
 
 def classifier(path: str | Path) -> Classifier:
-    """The classifier of a run folder or of an ONNX file."""
+    """The classifier of a run's folder, of an ONNX file or of a packed file."""
     path = Path(path)
-    return Classifier(path) if path.suffix == ".onnx" else load(path).classifier
+    return open_classifier(path) if path.suffix in (".onnx", SUFFIX) else load(path).classifier
 
 
-def _listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:
-    """One picture or several, as a list; an array of four dimensions is several."""
-    if isinstance(images, np.ndarray):
-        return list(images) if images.ndim == 4 else [images]
-    return list(images) if isinstance(images, list | tuple) else [images]  # type: ignore[list-item]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def open_classifier(path: Path, threads: int = 1) -> Classifier:
+    """That in an ONNX file or in a packed one."""
+    return open_packed(path, threads) if path.suffix == SUFFIX else Classifier(path, threads)
