@@ -111,6 +111,8 @@ def take(net: Net, tensors: Mapping[str, Tensor]) -> str:
 
 def give(net: Net, library: str) -> dict[str, Tensor]:
     """The network's tensors under another library's names. Raises UsageError where they are not known."""
+    if net.spec.widths:
+        raise UsageError(f"{library} has no {net.spec.family} of these widths: it has lost channels by pruning")
     swapped = getattr(zoo.families()[net.spec.family], "SWAPPED", {}).get(library)
     own, given = net.state_dict(), dict[str, Tensor]()
     for ours, theirs in names(net, library).items():

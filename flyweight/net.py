@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
+from flyweight.channels import narrow
 from flyweight.errors import UsageError
 from flyweight.graph import Field, trace
 from flyweight.initialise import draw, small_normal
@@ -23,7 +24,8 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 class Spec:
     """All that rebuilds a network's structure, in JSON values: registry, search, checkpoints and reports exchange it.
 
-    `input` is (channels, height, width); `widths` the channels that survive per leaf after pruning.
+    `input` is (channels, height, width); `widths` the channels that are left where pruning took some away, by the path
+    of the leaf that computes them (`channels.narrow`).
     """
 
     family: str
@@ -178,6 +180,15 @@ class Net(nn.Module):
         elif not isinstance(hidden, nn.Identity):
             raise UsageError(f"the hidden layers of {self.spec.family}'s classifier fix its pooling")
         self._head.pool = POOLS[name]()
+
+    def narrow(self, widths: Mapping[str, int]) -> None:
+        """Leaves so many channels (`channels.narrow`). Auxiliary heads, which only help training, are taken away."""
+        self.aux.clear()
+        narrow(self, self.spec.input, widths)
+        graph = trace(self, self.spec.input)
+        fc = next(node for node in graph.nodes if node.leaf is self.get_classifier())
+        self._head.in_features = [node for node in graph.nodes if node.path.startswith("features.")][-1].shape[0]
+        self._head.hidden_features = graph.shapes[fc.inputs[0]][0]
 
     @property
     def feature_info(self) -> FeatureInfo:

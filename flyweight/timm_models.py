@@ -88,9 +88,12 @@ def config(net: Net, preprocess: Preprocess | None = None) -> dict[str, Any]:
     )
     described = net.pretrained_cfg
     cfg = {"first_conv": described["first_conv"], "classifier": described["classifier"]}
+    args["size"] = list(net.spec.input[1:])
+    if net.spec.widths:
+        args["widths"] = dict(net.spec.widths)
     return {
-        "architecture": PREFIX + name if name and not net.spec.widths else net.spec.family,
-        "model_args": {**args, "size": list(net.spec.input[1:])},
+        "architecture": PREFIX + name if name else net.spec.family,
+        "model_args": args,
         "num_classes": net.num_classes,
         "pretrained_cfg": _input(net, preprocess) | cfg,
     }

@@ -1,18 +1,18 @@
 """From one network's weights to another of the same kind: other classes, other pictures, fewer channels."""
 
 import re
-from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flyweight import zoo
+from flyweight import channels, zoo
 from flyweight.blocks import Options
-from flyweight.channels import OUTPUT, Group, groups
+from flyweight.channels import OUTPUT, Group
 from flyweight.errors import UsageError
 from flyweight.graph import INPUT
 from flyweight.net import Net, Spec
@@ -52,10 +52,10 @@ def adopt(net: Net, donor: Net) -> list[str]:
     """Copies the tensors of a donor for other classes, other pictures or more channels; says what was dropped, changed
     or stays untrained.
 
-    Of more channels the ones with the largest filters are kept (`Narrowing`). Raises UsageError, naming a tensor, where
-    anything else differs.
+    Of more channels the ones with the largest filters are kept (`Narrowing`); what is pruned in the donor goes in the
+    network too. Raises UsageError, naming a tensor, where anything else differs.
     """
-    changes: list[str] = []
+    changes = _prune_alike(net, donor)
     given, special = donor.state_dict(), compare(net, donor)
     if "misfit" in special.values():
         narrowing = Narrowing(net, donor)
@@ -64,6 +64,18 @@ def adopt(net: Net, donor: Net) -> list[str]:
         special = _compare(net, given, net.num_classes != donor.num_classes)
     _copy(net, given, special)
     return changes + _told(net, donor, set(special.values()))
+
+
+def _prune_alike(net: Net, donor: Net) -> list[str]:
+    widths = donor.spec.widths
+    if not widths or net.spec.widths:
+        return []
+    spec = replace(net.spec, widths=widths)
+    with torch.device("meta"):
+        zoo.structure(spec)  # which is refused before anything changes
+    net.narrow(widths)
+    net.spec = spec
+    return [f"{len(widths)} layers have the fewer channels that pruning left in the weights"]
 
 
 def _copy(net: Net, given: Mapping[str, Tensor], special: Mapping[str, str]) -> None:
@@ -91,17 +103,27 @@ def _told(net: Net, donor: Net, changed: set[str]) -> list[str]:
     return changes
 
 
+Weigh = Callable[[Group], float]
+
+
+def filter_norms(net: Net, order: int = 1) -> Weigh:
+    """What a group of channels weighs by its filters: the sum of their L1 or L2 norms (arXiv:1608.08710, section 3)."""
+    norms = {name: t.flatten(1).norm(order, 1) for name, t in net.state_dict().items() if t.dim() > 1}
+    return lambda group: sum(float(norms[each.tensor][list(each.positions)].sum()) for each in group.filters)
+
+
 @dataclass(frozen=True)
 class Narrowing:
-    """Which channels of a wider donor of the same form a network keeps: at each place those with the largest filters.
+    """Which channels of a wider donor of the same form a network keeps: at each place those that weigh the most.
 
-    A group of channels (`channels.Group`) weighs the L1 norm of its filters; the order stays. Where the dropped
-    channels are zero in the donor, its answers are the network's. Auxiliary heads are not kept. Raises UsageError,
-    naming a tensor, where the donor is not wider or has another form.
+    What a group of channels (`channels.Group`) weighs is by default the L1 norm of its filters; the order stays. Where
+    the dropped channels are zero in the donor, its answers are the network's. Auxiliary heads are not kept. Raises
+    UsageError, naming a tensor, where the donor is not wider or has another form.
     """
 
     net: Net
     donor: Net
+    weigh: Weigh | None = None
 
     def __post_init__(self) -> None:
         own, given = self.net.state_dict(), self.donor.state_dict()
@@ -120,23 +142,19 @@ class Narrowing:
     @cached_property
     def wide(self) -> dict[frozenset[str], list[Group]]:
         """The donor's groups of channels by place."""
-        return _places(self.donor)
+        return places(self.donor)
 
     @cached_property
     def pairs(self) -> list[tuple[Group, Group]]:
         """Each group of the network's channels with the donor's group that it takes."""
-        filters = {name: t.flatten(1).abs().sum(1) for name, t in self.donor.state_dict().items() if t.dim() > 1}
-
-        def norm(group: Group) -> float:
-            return sum(float(filters[each.tensor][list(each.positions)].sum()) for each in group.filters)
-
+        weigh = self.weigh or filter_norms(self.donor)
         found: list[tuple[Group, Group]] = []
-        for place, ours in _places(self.net).items():
+        for place, ours in places(self.net).items():
             theirs = self.wide.get(place, [])
             if len(theirs) < len(ours):
                 told = f"of its channels {len(theirs)} are read and added where {len(ours)} would be needed"
                 raise UsageError(f"the weights cannot be narrowed to this {self.net.spec.family}: {min(place)}: {told}")
-            best = sorted(range(len(theirs)), key=lambda i: -norm(theirs[i]))[: len(ours)]
+            best = sorted(range(len(theirs)), key=lambda i: -weigh(theirs[i]))[: len(ours)]
             found += zip(ours, (theirs[i] for i in sorted(best)), strict=True)
         return found
 
@@ -193,14 +211,23 @@ def fill(net: Net, donor: Net) -> list[str]:
     return list(unfilled)
 
 
-def _places(net: Net) -> dict[frozenset[str], list[Group]]:
+def places(net: Net) -> dict[frozenset[str], list[Group]]:
     """A network's groups of channels by place, but for its input and its classes, which no width changes."""
     found: dict[frozenset[str], list[Group]] = {}
-    for group in groups(net, net.spec.input):
-        place = frozenset(each for each in group.place if each != OUTPUT and not LAST.match(each))
-        if place and INPUT not in place:
+    for group in channels.groups(net, net.spec.input):
+        if place := _inner(group.place):
             found.setdefault(place, []).append(group)
     return found
+
+
+def numbers(net: Net) -> Counter[frozenset[str]]:
+    """How many groups of channels a network has at each of its `places`."""
+    return Counter(place for each in channels.places(net, net.spec.input) if (place := _inner(each)))
+
+
+def _inner(place: frozenset[str]) -> frozenset[str]:
+    """A place without what is said of the classes; empty for channels of the input."""
+    return frozenset() if INPUT in place else frozenset(e for e in place if e != OUTPUT and not LAST.match(e))
 
 
 def _ordered(index: dict[int, int] | None) -> list[int]:

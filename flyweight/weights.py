@@ -41,7 +41,7 @@ def load_net(path: Path) -> Net:
     """The network of a `model.safetensors`, in evaluation mode. Raises UsageError where there is none."""
     tensors, metadata = read_tensors(path)
     net = build(_spec(metadata, path))
-    net.load_state_dict(tensors, strict=True)
+    _fill(net, tensors, path)
     return net.eval()
 
 

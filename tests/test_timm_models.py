@@ -98,12 +98,15 @@ def test_the_configuration_rebuilds_the_network(name: str) -> None:
     assert json.dumps(dict(again.args), sort_keys=True) == json.dumps(dict(net.spec.args), sort_keys=True)
 
 
-def test_a_pruned_network_has_no_architecture_in_timm() -> None:
+def test_the_configuration_of_a_pruned_network_tells_its_widths() -> None:
+    widths = {"features.stem.conv": 60}
     with torch.device("meta"):
-        net = structure(spec_of("squeezenet1_1"))
-    assert config(net)["architecture"] == "fw_squeezenet1_1"
-    net.spec = Spec(net.spec.family, net.spec.args, net.spec.input, {"features.stem.conv": 60})
-    assert config(net)["architecture"] == "squeezenet"
+        whole, pruned = (structure(spec_of("squeezenet1_1", widths=given)) for given in (None, widths))
+    assert "widths" not in config(whole)["model_args"]
+    assert config(pruned)["architecture"] == "fw_squeezenet1_1"
+    assert config(pruned)["model_args"] == {**config(whole)["model_args"], "widths": widths}
+    assert native_name(spec_of("resnet18")) == "resnet18"
+    assert native_name(spec_of("resnet18", widths={"features.stage1_block1.body.conv1.conv": 60})) is None
 
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "foreign.json").read_text(encoding="utf-8"))
@@ -137,8 +140,9 @@ def test_the_configuration_for_timm_alone() -> None:
     assert native_config(create_model("mobilenet_v2", width=0.125)) is None
 
 
-def test_a_folder_of_ours_in_timm(timm: Any, tmp_path: Path) -> None:
-    net = create_model("mobilenet_v1_cifar", width=0.25, num_classes=3, in_chans=1, size=28)
+@pytest.mark.parametrize("widths", [{}, {"features.stem.conv": 5, "features.block2.pointwise.conv": 20}])
+def test_a_folder_of_ours_in_timm(timm: Any, tmp_path: Path, widths: dict[str, int]) -> None:
+    net = create_model("mobilenet_v1_cifar", width=0.25, num_classes=3, in_chans=1, size=28, widths=widths)
     write_network(tmp_path, net, "a name", Preprocess((28, 28), 1, (120.0,), (60.0,)), ("a", "b", "c"))
     theirs, ours = (
         timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval(),

@@ -6,6 +6,7 @@ A file here with `build`, `VARIANTS`, `CANDIDATES`, `WIDTHS`, `REFERENCE` and `i
 
 import bisect
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -52,11 +53,13 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in variants() if fnmatch(name, pattern))
 
 
-def spec_of(name: str, size: int | tuple[int, int] | None = None, **args: Any) -> Spec:
+def spec_of(
+    name: str, size: int | tuple[int, int] | None = None, widths: Mapping[str, int] | None = None, **args: Any
+) -> Spec:
     """The Spec of a named model with further arguments: those of `Options`, which all take, and its family's own.
 
     `size` is the input's height and width, by default what the model was designed for: mostly 224, for the
-    small-picture forms 32. Raises UsageError for an unknown name or an impossible size.
+    small-picture forms 32; `widths` are those of a pruned network. Raises UsageError for an unknown name or size.
     """
     if name not in variants():
         near = list_models(f"*{name}*") or get_close_matches(name, variants(), 8, 0.5) or list(families())
@@ -69,7 +72,7 @@ def spec_of(name: str, size: int | tuple[int, int] | None = None, **args: Any) -
     height, width = size if isinstance(size, tuple) else (size, size)
     if min(height, width) < 1:
         raise UsageError(f"{name} cannot take pictures of {height} x {width} pixels")
-    return Spec(family, merged, (int(merged.get("in_chans", 3)), height, width))
+    return Spec(family, merged, (int(merged.get("in_chans", 3)), height, width), widths or {})
 
 
 def usual_spec(name: str) -> Spec:
@@ -113,6 +116,8 @@ def structure(spec: Spec) -> Net:
         pad_same(net)
     if options.output_stride is not None:
         dilate(net, options.output_stride)
+    if spec.widths:
+        net.narrow(spec.widths)
     return net
 
 
