@@ -1,44 +1,60 @@
-"""Static int8: a float ONNX model with quantise–dequantise pairs, calibrated on training data (arXiv:1712.05877)."""
+"""Static int8: a float ONNX model with quantise–dequantise pairs, placed by ONNX Runtime (arXiv:1712.05877).
 
+The ranges that it covers come from `calibration`, or from whoever has better ones.
+"""
+
+import itertools
 import logging
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
-from onnxruntime import quantization as ort
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType
+from onnx import numpy_helper
+from onnxruntime.quantization import QDQQuantizer, QuantType
+from onnxruntime.quantization.calibrate import TensorData
 
-BATCH = 32
-DEQUANTIZE = "DequantizeLinear"
+from flyweight.errors import UsageError
+from flyweight.export.calibration import Range, limits
+
+QUANTISE, DEQUANTISE = "QuantizeLinear", "DequantizeLinear"
+LAYERS = ("Conv", "Gemm")
+# What is computed in int8, or passes its scale on.
+QUANTISED = [*LAYERS, "Add", "Concat", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape"]
+QUANTISED += ["Transpose", "Flatten"]
+WEIGHT_LEVELS = 127  # on each side of zero
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How numbers become 8 bits: one weight scale per output channel or per tensor, activations unsigned or signed."""
+    """How numbers become 8 bits: one weight scale per output channel or per tensor, activations unsigned or signed.
+
+    Weights are symmetric about zero; activations have a zero point of their own, unless they are `symmetric` as well.
+    """
 
     per_channel: bool
     signed: bool
+    symmetric: bool = False
 
     @property
     def name(self) -> str:
         """For records and reports, such as "int8 per-channel u8"."""
-        return f"int8 per-{'channel' if self.per_channel else 'tensor'} {'s8' if self.signed else 'u8'}"
+        activations = ("s8" if self.signed else "u8") + " symmetric" * self.symmetric
+        return f"int8 per-{'channel' if self.per_channel else 'tensor'} {activations}"
 
 
 # The same network runs several times faster or slower by this choice alone, depending on the CPU: all are measured.
 SCHEMES = tuple(Scheme(per_channel, signed) for per_channel in (True, False) for signed in (False, True))
+# Symmetric activations give away half of their levels behind a ReLU, and are no faster here: some accelerators ask.
+NAMED = {scheme.name: scheme for scheme in (Scheme(*each) for each in itertools.product((True, False), repeat=3))}
 
 
-class _Pictures(CalibrationDataReader):
-    def __init__(self, images: np.ndarray) -> None:
-        batches = (images[i : i + BATCH] for i in range(0, len(images), BATCH))
-        self.feeds: Iterator[dict[str, np.ndarray]] = ({"image": batch} for batch in batches)
-
-    def get_next(self) -> dict[str, np.ndarray]:
-        return next(self.feeds, {})
+def scheme_named(name: str) -> Scheme:
+    """The scheme of a name. Raises UsageError."""
+    if name not in NAMED:
+        raise UsageError(f"there is no scheme {name!r}; there are {', '.join(NAMED)}")
+    return NAMED[name]
 
 
 def quantise(model: onnx.ModelProto, images: np.ndarray, scheme: Scheme) -> onnx.ModelProto:
@@ -46,61 +62,64 @@ def quantise(model: onnx.ModelProto, images: np.ndarray, scheme: Scheme) -> onnx
 
     The input stays uint8 and the output float32; names and metadata are kept.
     """
-    activation = QuantType.QInt8 if scheme.signed else QuantType.QUInt8
-    with tempfile.TemporaryDirectory() as folder:
-        source, path = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        source.write_bytes(model.SerializeToString())
-        level = logging.getLogger().level
-        logging.getLogger().setLevel(
-            logging.ERROR
-        )  # the quantiser advises a preprocessing that this graph does not need
-        try:
-            ort.quantize_static(
-                source,
-                path,
-                _Pictures(images),
-                quant_format=QuantFormat.QDQ,
-                per_channel=scheme.per_channel,
-                activation_type=activation,
-                weight_type=QuantType.QInt8,
-                calibrate_method=CalibrationMethod.MinMax,
-                op_types_to_quantize=[
-                    "Conv",
-                    "Gemm",
-                    "Add",
-                    "Concat",
-                    "Relu",
-                    "Clip",
-                    "MaxPool",
-                    "AveragePool",
-                    "GlobalAveragePool",
-                    "Reshape",
-                    "Transpose",
-                    "Flatten",
-                ],
-                extra_options={"ActivationSymmetric": False, "WeightSymmetric": True},
-            )
-        finally:
-            logging.getLogger().setLevel(level)
-        quantised = onnx.load_model_from_string(path.read_bytes())
+    return shortened(placed(model, limits(model, images), scheme))
+
+
+def placed(
+    model: onnx.ModelProto, ranges: Mapping[str, Range], scheme: Scheme, kept: Collection[str] = ()
+) -> onnx.ModelProto:
+    """The model in int8, with these ranges of its inner values; layers that compute a value in `kept` stay float32.
+
+    Values have the names of the float model, what the quantiser adds has long ones: `shortened` is for shipping.
+    """
+    source = onnx.ModelProto()
+    source.CopyFrom(model)
+    for node in source.graph.node:
+        node.name = node.output[0]
+    ends = {name: TensorData(lowest=np.float32(low), highest=np.float32(high)) for name, (low, high) in ranges.items()}
+    with _without_advice():
+        quantiser = QDQQuantizer(
+            source,
+            scheme.per_channel,
+            False,
+            QuantType.QInt8,
+            QuantType.QInt8 if scheme.signed else QuantType.QUInt8,
+            ends,
+            [],
+            list(kept),
+            QUANTISED,
+            {"ActivationSymmetric": scheme.symmetric, "WeightSymmetric": True},
+        )
+        quantised: onnx.ModelProto = quantiser.quantize_model()
+        quantiser.model.topological_sort()  # what was added stands at the end
     if not scheme.signed:
         _take_pixels_as_they_are(quantised)
-    _shorten(quantised)
     del quantised.metadata_props[:]
     quantised.metadata_props.extend(model.metadata_props)  # without the notes of the quantiser
     return quantised
 
 
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Within it warnings are silent: the quantiser advises a preprocessing that these graphs do not need."""
+    level = logging.getLogger().level
+    logging.getLogger().setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.getLogger().setLevel(level)
+
+
 def _take_pixels_as_they_are(model: onnx.ModelProto) -> None:
-    """Drops the requantisation of pixels that the first DequantizeLinear has already placed on a uint8 scale."""
+    """Drops the requantisation of pixels that a DequantizeLinear has already placed on a uint8 scale."""
     users: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             users.setdefault(name, []).append(node)
-    first = next((node for node in model.graph.node if node.op_type == DEQUANTIZE), None)
-    if first is None or users["image"][0].output[0] != first.input[0]:
+    first = users[users["image"][0].output[0]][0]  # what reads the transposed pixels
+    if first.op_type != DEQUANTISE:
         return
-    for quantise_again in [node for node in users[first.output[0]] if node.op_type == "QuantizeLinear"]:
+    for quantise_again in [node for node in users[first.output[0]] if node.op_type == QUANTISE]:
         for back in users[quantise_again.output[0]]:
             for user in users[back.output[0]]:
                 user.input[:] = [first.output[0] if name == back.output[0] else name for name in user.input]
@@ -112,8 +131,8 @@ def _take_pixels_as_they_are(model: onnx.ModelProto) -> None:
     model.graph.initializer.extend(kept)
 
 
-def _shorten(model: onnx.ModelProto) -> None:
-    """Renames every inner value to a short name: the quantiser's long ones cost tens of kilobytes."""
+def shortened(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, every inner value of it renamed to a short name: the quantiser's long ones cost tens of kilobytes."""
     keep = {value.name for value in (*model.graph.input, *model.graph.output)}
     names: dict[str, str] = {}
 
@@ -127,3 +146,39 @@ def _shorten(model: onnx.ModelProto) -> None:
         node.input[:] = [short(name) for name in node.input]
         node.output[:] = [short(name) for name in node.output]
     del model.graph.value_info[:]
+    return model
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that an 8-bit tensor can hold: scale · (q − zero_point) for whole q from `low` to `high`."""
+
+    scale: float
+    zero_point: int
+    low: int
+    high: int
+
+
+def grids(model: onnx.ModelProto) -> dict[str, Grid]:
+    """The grids of a `placed` model's activations, by the names of the float model's values."""
+    constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    found: dict[str, Grid] = {}
+    for node in model.graph.node:
+        if node.op_type == QUANTISE:
+            scale, zero_point = constants[node.input[1]], constants[node.input[2]]
+            span = np.iinfo(zero_point.dtype)
+            found[node.input[0]] = Grid(float(scale), int(zero_point), span.min, span.max)
+    return found
+
+
+def quantised_weights(model: onnx.ModelProto) -> dict[str, np.ndarray]:
+    """What the weights of a `placed` model's layers are in int8, dequantised, by the names of the float model's."""
+    constants = {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+    pairs = {node.output[0]: node for node in model.graph.node if node.op_type == DEQUANTISE}
+    found: dict[str, np.ndarray] = {}
+    for layer in model.graph.node:
+        if layer.op_type in LAYERS and layer.input[1] in pairs:
+            values, scale, _ = (constants[name] for name in pairs[layer.input[1]].input)
+            whole = scale.reshape(-1, *[1] * (values.ndim - 1)) if scale.ndim else scale
+            found[layer.input[1].removesuffix("_DequantizeLinear_Output")] = values.astype(np.float32) * whole
+    return found

@@ -233,6 +233,13 @@ def export(net: nn.Module, preprocess: Preprocess, classes: Sequence[str], tempe
     for a network that answers for each position [N, classes, H, W].
     Raises GraphError for a leaf class without a rule.
     """
+    return export_named(net, preprocess, classes, temperature)[0]
+
+
+def export_named(
+    net: nn.Module, preprocess: Preprocess, classes: Sequence[str], temperature: float = 1.0
+) -> tuple[onnx.ModelProto, dict[str, str]]:
+    """`export`, and what the value that each node of the traced network computes is called in the file."""
     height, width = preprocess.size
     shape = (preprocess.channels, height, width)
     graph = trace(fold_batchnorm(net, shape), shape)
@@ -250,4 +257,4 @@ def export(net: nn.Module, preprocess: Preprocess, classes: Sequence[str], tempe
     metadata = {"classes": json.dumps(list(classes)), "preprocess": json.dumps(preprocess.to_json())}
     helper.set_model_props(model, metadata)
     onnx.checker.check_model(model)
-    return model
+    return model, names
