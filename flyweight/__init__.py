@@ -1,15 +1,20 @@
 """Flyweight: from labelled pictures and a budget to the smallest, fastest image classifier that meets it."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+# onnxruntime (1.32 on Linux) reports its use to its makers unless this stands before it is imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from flyweight.costs import cost as cost
     from flyweight.create import create_model as create_model
     from flyweight.fitting import fit as fit
     from flyweight.fitting import resume as resume
+    from flyweight.packed import open_packed as open_packed
     from flyweight.run import Run as Run
     from flyweight.run import load as load
     from flyweight.zoo import list_models as list_models
@@ -24,9 +29,10 @@ _HOMES = {
     "resume": "fitting",
     "Run": "run",
     "load": "run",
+    "open_packed": "packed",
 }
 
-__all__ = ["Run", "__version__", "cost", "create_model", "fit", "list_models", "load", "resume"]
+__all__ = ["Run", "__version__", "cost", "create_model", "fit", "list_models", "load", "open_packed", "resume"]
 
 
 def __getattr__(name: str) -> Any:

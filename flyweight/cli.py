@@ -152,7 +152,7 @@ def _missed(budget: Iterable[dict[str, Any]], folder: Path) -> str:
 
 @app.command()
 def predict(
-    model: Annotated[Path, typer.Argument(help="A run's folder or a model.onnx.")],
+    model: Annotated[Path, typer.Argument(help="A run's folder, a model.onnx or a packed .fly.")],
     images: Annotated[list[Path], typer.Argument(help="Pictures.")],
     top: Annotated[int, typer.Option(help="How many classes to show.")] = 5,
     as_json: Json = False,
@@ -261,7 +261,7 @@ def train(
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="A run's folder, a model.onnx or a model.safetensors.")],
+    model: Annotated[Path, typer.Argument(help="A run's folder, a model.onnx, a packed .fly or a model.safetensors.")],
     data: Annotated[str, typer.Argument(help="Pictures of the classes that the model knows, as for fit.")],
     split: Annotated[str, typer.Option(help="test, validation or train.")] = "test",
     threads: Annotated[int, typer.Option(help="Cores to work on.")] = 1,
@@ -486,6 +486,90 @@ def report(run: Annotated[Path, typer.Argument(help="A finished run's folder.")]
     from flyweight.report import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def compress(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished flyweight fit or flyweight train.")],
+    to_size: Annotated[
+        str | None, typer.Option(help="What the packed file may have, such as 450KB; by default as little as it can.")
+    ] = None,
+    max_drop: Annotated[float, typer.Option(help="Points of validation accuracy that may be lost.")] = 0.5,
+    macs: Annotated[
+        float | None, typer.Option(help="First prune channels to this share of the multiply-accumulates.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="First prune weights to this share.")] = None,
+    time: Annotated[str, typer.Option(help="How long each step may train to make good what it lost.")] = "60s",
+    threads: Annotated[int, typer.Option(help="Cores that latency is measured on.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="The folder; by default runs/compress-<run>-<time>.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a trained network smaller: prune, cluster, repair, pack; each step measured.
+
+    Exit codes as for fit; 3 where the size or the drop is not kept.
+    """
+    from flyweight.compressing import Request, compress_run
+    from flyweight.search.budget import Budget, parse_time
+    from flyweight.terminal import Progress, show_compression
+
+    size = Budget.parse(f"size<={to_size}").limits[0].value if to_size else None
+    seconds = parse_time(time)
+    request = Request(str(run), None if size is None else int(size), max_drop / 100, macs, density, seconds, threads)
+    with Progress(quiet=as_json) as progress:
+        try:
+            result = compress_run(request, out, progress.listen)
+        except Interrupted as stop:
+            _fail(str(stop), stop.exit_code)
+    show_compression(result, as_json)
+    if result["status"] != "met":
+        lost = 100 * (result["validation"]["before"] - result["validation"]["top1"])
+        raise BudgetNotMet(
+            f"{lost:.2f} points are lost instead of at most {max_drop:g}: allow more bytes or more --time"
+        )
+
+
+@app.command()
+def pack(
+    model: Annotated[Path, typer.Argument(help="A run's folder, a model.safetensors or a model.onnx.")],
+    out: Annotated[Path | None, typer.Option(help="The file to write; by default <model>.fly, here.")] = None,
+    classes: Annotated[
+        Path | None, typer.Option(help="Names of the classes, one a line, for a model.safetensors without.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a classifier, bit for bit, into one small file that runs without torch."""
+    from flyweight.compress.pack import contents_at, pack
+    from flyweight.packed import SUFFIX
+    from flyweight.units import human_bytes
+
+    contents = contents_at(model, _lines(classes) if classes else ())
+    path = out or Path((model.resolve().name if model.is_dir() else model.stem) + SUFFIX)
+    data = pack(contents).data
+    _write_new(path, data)
+    whole = sum(each.nbytes for each in contents.tensors.values())
+    if as_json:
+        print(json.dumps({"file": str(path), "bytes": len(data), "tensor_bytes": whole}))
+    else:
+        print(f"{path}: {human_bytes(len(data))} ({len(data):,} bytes), of {human_bytes(whole)} in tensors")
+
+
+@app.command()
+def unpack(
+    file: Annotated[Path, typer.Argument(help="A packed file.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+) -> None:
+    """Write what a packed file holds, bit for bit: model.onnx, and of a network its tensors."""
+    from flyweight.compress.pack import unpack
+    from flyweight.packed import open_packed
+
+    print(f"{out}: {', '.join(unpack(open_packed(file), out))}")
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as text: {error}") from error
 
 
 weights = typer.Typer(no_args_is_help=True, help="Take weights from other libraries, and give them back.")

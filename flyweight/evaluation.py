@@ -16,7 +16,7 @@ from flyweight.errors import FlyweightError, UsageError
 from flyweight.export.verify import wilson
 from flyweight.job import FILE as JOB
 from flyweight.preprocess import Preprocess
-from flyweight.run import Classifier
+from flyweight.run import open_classifier
 
 BATCH = 64
 BINS = 15  # of confidence, as in arXiv:1706.04599
@@ -36,18 +36,18 @@ class Model:
 
 
 def open_model(path: Path, threads: int) -> Model:
-    """The classifier in a run's folder (the file that ships, where there is one), a model.onnx or a model.safetensors.
+    """The classifier in a run's folder (the file that ships, where there is one), a .fly, .onnx or .safetensors.
 
     Raises UsageError where there is none, or where a model.safetensors has no config.json that names its classes.
     """
     if path.is_dir():
-        files = [path / name for name in ("model.onnx", "model.safetensors") if (path / name).exists()]
+        files = [path / name for name in ("model.fly", "model.onnx", "model.safetensors") if (path / name).exists()]
         if not files:
             raise UsageError(f"{path} holds neither model.onnx nor model.safetensors: is it a finished run?")
         path = files[0]
     if path.suffix == ".safetensors":
         return _from_weights(path, threads)
-    shipped = Classifier(path, threads)
+    shipped = open_classifier(path, threads)
     return Model(path, shipped.answers, shipped.classes, shipped.preprocess, threads)
 
 

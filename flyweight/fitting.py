@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from flyweight import __version__, stages
+from flyweight import __version__, shipping, stages
 from flyweight.data import Source, Splits, absolute, open_source, prepare
 from flyweight.data.split import held_out_count
 from flyweight.errors import ParityError
@@ -172,8 +172,8 @@ def _carry_out(work: stages.Work) -> Run:
     pool = stages.survey_candidates(work)
     winner = stages.race(work, pool)
     net, preprocess = stages.train_winner(work, winner, teach(work, pool, winner))
-    shipped, counted = stages.compress(work, net, preprocess)
-    parity = stages.verify(work, net, preprocess, shipped)
+    net, shipped, counted = shipping.compress(work, net, preprocess)
+    parity = shipping.verify(work, net, preprocess, shipped)
     if not parity.passed:
         raise ParityError(
             f"the exported file agrees with the trained network on {100 * parity.agreement:.2f} % of {parity.n} "
@@ -181,6 +181,6 @@ def _carry_out(work: stages.Work) -> Run:
             f"{100 * parity.pytorch_top1:.2f} %), outside the tolerance of {100 * parity.tolerance:.2f} points; "
             f"nothing was shipped, the records are in {work.folder}"
         )
-    stages.finish(work, pool, winner, net, preprocess, shipped, counted)
+    shipping.finish(work, pool, winner, net, preprocess, shipped, counted)
     shutil.rmtree(work.folder / "state", ignore_errors=True)
     return Run(work.folder)

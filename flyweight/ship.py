@@ -44,12 +44,14 @@ def write_network(folder: Path, net: Net, name: str, preprocess: Preprocess, cla
     write_json(folder / "config.json", config(net, preprocess) | more)
 
 
-def write_model(folder: Path, model: bytes, precision: str) -> dict[str, Any]:
-    """Writes model.onnx and predict.py; the `shipped` entry of result.json."""
+def write_model(folder: Path, model: bytes, form: str, packed: bytes | None) -> dict[str, Any]:
+    """Writes model.onnx and predict.py, and model.fly where it is packed; the `shipped` entry of result.json."""
     write_atomically(folder / "model.onnx", model)
     write_atomically(folder / "predict.py", PREDICT.encode())
-    digest = hashlib.sha256(model).hexdigest()
-    return {"file": "model.onnx", "format": precision, "size_bytes": len(model), "sha256": digest}
+    if packed is not None:
+        write_atomically(folder / "model.fly", packed)
+    name, data = ("model.onnx", model) if packed is None else ("model.fly", packed)
+    return {"file": name, "format": form, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -76,13 +78,20 @@ def write_card(folder: Path, result: Mapping[str, Any]) -> None:
     count, shipped, winner = len(data["classes"]), result["shipped"], result["winner"]
     how = f"median of {latency['n']}, {latency['threads']} thread(s), {latency['engine']}"
     names = ", ".join(data["classes"][:30]) + (" …" if count > 30 else "")
+    packed = (
+        "`model.fly` is the same classifier packed, the file that keeps to the budget's size:\n"
+        '`flyweight.open_packed("model.fly").predict(picture)` runs it with numpy and onnxruntime.\n'
+        if shipped["file"] == "model.fly"
+        else ""
+    )
     text = f"""# {winner["name"]}, {shipped["format"]}
 
 An image classifier for {count} classes ({names}), made by Flyweight {result["version"]}.
 
 ## Use
 `model.onnx` takes `image`, uint8 [N, H, W, {data["channels"]}], and gives `probabilities`, float32 [N, {count}];
-`predict.py` shows the whole of it. The pictures must look like those it was trained on; a picture of anything else
+`predict.py` shows the whole of it.
+{packed}The pictures must look like those it was trained on; a picture of anything else
 still gets one of these classes. Budget ({result["status"]}):
 
 {limits}

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flyweight import __version__
-from flyweight.bench.engines import onnxruntime as engine
 from flyweight.bench.environment import environment
-from flyweight.bench.measure import latencies, latency
-from flyweight.compress.precision import FLOAT, Variant, calibration_sample, choose
-from flyweight.costs import NetCost, cost
+from flyweight.compress.precision import calibration_sample
 from flyweight.data import Source, Splits
 from flyweight.errors import FlyweightError
-from flyweight.export import int8, onnx
-from flyweight.export.verify import Parity, answers, compare, temperature, wilson
+from flyweight.export import int8
 from flyweight.job import Job, Stopwatch
-from flyweight.mistakes import worst_mistakes
 from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.records import Records
-from flyweight.report import write_report
 from flyweight.search.budget import Budget
 from flyweight.search.donor import Donor
 from flyweight.search.space import Candidate, candidates, input_sizes, pretrained_candidates, ranked
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure, training_speed
-from flyweight.ship import write_card, write_json, write_model, write_network
+from flyweight.ship import write_json
 from flyweight.train.loop import Clock, Diverged, Training, logits, score, train
 from flyweight.train.platform import cores
 from flyweight.train.recipe import FINE_TUNING, recipe_for
@@ -49,8 +43,10 @@ EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48
 # Forward multiply-accumulates a second and core that training reaches on a current CPU, for families whose own speed is
 # not measured: only the order of trying depends on it.
 TRAINING_MACS = 12e9
+# Of the time of a job, what making its winner small has, where the size of the budget asks for more than int8.
+SMALL_SHARE = 0.15
 DOING = {"trial": "trying", "teacher": "training as a teacher", "final": "training"}
-MISTAKES, MOST_RESTARTS = 24, 3
+MOST_RESTARTS = 3
 # The share in the targets that a teacher's answers have.
 DISTILLED = 0.5
 # Mirroring that costs a network more of its accuracy than this, and more than chance, changes what pictures mean.
@@ -60,9 +56,8 @@ MIRROR_LOSS = 0.03
 CALIBRATION, STATISTICS, SCALED = 8, 2000, 32
 # Pictures that place the ranges of the trained network, and the seconds that reading and resizing one takes.
 CALIBRATED, READING_ARRAY, READING_FILE = 256, 0.0001, 0.004
-# Seconds a precision is measured for when they compete, and the shipped file in the end; candidates nearest to the
-# budget that are measured where none meets it.
-RACE_SECONDS, FINAL_SECONDS, NEAREST = 0.6, 2.0, 5
+# Candidates nearest to the budget that are measured where none meets it.
+NEAREST = 5
 
 
 @dataclass
@@ -91,10 +86,16 @@ def final_seconds(seconds: float) -> float:
 def reserve(seconds: float, source: Source, validation: int, test: int, milliseconds: float) -> float:
     """Seconds to set aside for compressing, verifying and reporting, for a network of this latency."""
     each = milliseconds / 1000
-    quantising = len(int8.SCHEMES) * (0.6 + 4 * CALIBRATED * each)
-    scoring = (len(int8.SCHEMES) + 3) * validation * 1.5 * each + test * each
+    files = 2 * len(int8.SCHEMES)  # each scheme plain and equalised
+    quantising = files * (0.6 + 2 * CALIBRATED * each)
+    scoring = (files + 3) * validation * 1.5 * each + test * each
     reading = (validation + test) * (READING_ARRAY if isinstance(source.images, np.ndarray) else READING_FILE)
     return min(0.4 * seconds, 4 + 0.01 * seconds + quantising + scoring + reading)
+
+
+def needed(work: Work, milliseconds: float) -> float:
+    """`reserve` for this job."""
+    return reserve(work.job.seconds, work.source, len(work.splits.validation), len(work.splits.test), milliseconds)
 
 
 def rungs(count: int, seconds: float) -> list[Rung]:
@@ -243,7 +244,9 @@ def _measure(work: Work, candidate: Candidate) -> None:
     if record is not None and record["latency_ms"] is not None:
         candidate.recall(record)
         return
-    measure(candidate, work.splits.train.classes, _sample(work, candidate, CALIBRATION), work.job.threads)
+    limit, pictures = work.budget.limit("size"), _sample(work, candidate, CALIBRATION)
+    most = limit.value if limit else inf
+    measure(candidate, work.splits.train.classes, pictures, work.job.threads, most)
     judge(candidate, work.budget)
     work.records.write("candidate", **candidate.to_json())
 
@@ -278,9 +281,8 @@ def race(work: Work, pool: list[Candidate]) -> Candidate:
         order = halve(entrants, trials, evaluate, final_seconds(work.job.seconds))
         winner = (order or entrants)[0]
     _tell_losers(pool, winner)
-    splits = work.splits
-    needed = reserve(work.job.seconds, work.source, len(splits.validation), len(splits.test), winner.latency_ms or 0.0)
-    seconds = max(0.3 * work.left, work.left - needed, SHORTEST_TRIAL)
+    small = SMALL_SHARE * work.job.seconds * winner.packed
+    seconds = max(0.3 * work.left, work.left - needed(work, winner.latency_ms or 0.0) - small, SHORTEST_TRIAL)
     work.records.write("winner", name=winner.name, seconds=round(seconds, 1), flip=_may_mirror(work, winner))
     work.watch.ends("search")
     return winner
@@ -432,171 +434,3 @@ def train_winner(work: Work, winner: Candidate, answers: Tensor | None) -> tuple
     winner.val_top1, winner.epochs = trained.accuracy, trained.epochs
     work.watch.ends("train")
     return net, preprocess
-
-
-def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Variant, NetCost]:
-    """The exported winner in the precision that ships, after measuring all of them."""
-    splits, classes = work.splits, work.splits.train.classes
-    outputs = logits(net, splits.validation, preprocess).numpy()
-    model = onnx.export(net, preprocess, classes, temperature(outputs, splits.validation.labels))
-    pictures = splits.train.batch(preprocess.size[0], calibration_sample(len(splits.train), work.job.seed, CALIBRATED))
-    models = {FLOAT: model}
-    for i, scheme in enumerate(int8.SCHEMES):
-        work.records.progress("quantising", i / len(int8.SCHEMES))
-        models[scheme.name] = int8.quantise(model, pictures, scheme)
-    files = {name: each.SerializeToString() for name, each in models.items()}
-    counted = cost(net)
-    speeds = latencies(list(files.values()), pictures[:1], work.job.threads, RACE_SECONDS)
-    variants = []
-    for (name, data), speed in zip(files.items(), speeds, strict=True):
-        run = engine.load(data, cores())
-        pixels = splits.validation.batch(preprocess.size[0])
-        answered = np.concatenate([run(pixels[i : i + 250]).argmax(axis=1) for i in range(0, len(pixels), 250)])
-        parity = compare(outputs.argmax(axis=1), answered, splits.validation.labels, name == FLOAT)
-        accuracy = parity.exported_top1
-        measured = measures(counted, name, len(data), speed.p50, accuracy)
-        variants.append(Variant(name, data, speed, accuracy, measured, work.budget.excess(measured), parity.passed))
-    shipped = choose(variants)
-    for variant in variants:
-        work.records.write("variant", **variant.to_json(variant is shipped))
-    work.watch.ends("compress")
-    return shipped, counted
-
-
-def measures(counted: NetCost, precision: str, size: int, milliseconds: float, accuracy: float) -> dict[str, float]:
-    """The values of an exported file under the names of budget limits."""
-    return {
-        "latency": milliseconds,
-        "size": size,
-        "memory": counted.memory_bytes(value_bytes(precision)),
-        "macs": counted.macs,
-        "params": counted.params,
-        "accuracy": accuracy,
-    }
-
-
-def value_bytes(precision: str) -> int:
-    """Bytes of one weight or activation."""
-    return 4 if precision == FLOAT else 1
-
-
-def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Parity:
-    """The parity gate over all validation pictures, read anew from their sources."""
-    validation = work.splits.validation
-    reference = logits(net, validation, preprocess).argmax(dim=1).numpy()
-    exported = answers(engine.load(shipped.model, cores()), validation, preprocess).argmax(axis=1)
-    parity = compare(reference, exported, validation.labels, shipped.format == FLOAT)
-    work.records.write("parity", **parity.to_json())
-    work.watch.ends("verify")
-    return parity
-
-
-def finish(
-    work: Work,
-    pool: list[Candidate],
-    winner: Candidate,
-    net: Net,
-    preprocess: Preprocess,
-    shipped: Variant,
-    counted: NetCost,
-) -> None:
-    """Scores the test pictures once, with the shipped file alone; writes what the run leaves."""
-    entry = write_model(work.folder, shipped.model, shipped.format)
-    write_network(work.folder, net, winner.name, preprocess, work.splits.train.classes)
-    tested = _test(work, preprocess, shipped)
-    work.watch.ends("verify")
-    _record_layers(work, counted, shipped.format)
-    pixels = work.splits.validation.batch(preprocess.size[0], [0])
-    speed = latency(shipped.model, pixels, work.job.threads, FINAL_SECONDS)
-    measured = measures(counted, shipped.format, len(shipped.model), speed.p50, shipped.val_top1)
-    verdict = work.budget.check(measured)
-    work.watch.ends("compress")
-    result: dict[str, Any] = {
-        "version": __version__,
-        "status": "met" if all(line["met"] for line in verdict) else "not met",
-        "data": data_summary(work.job.source, work.source, work.splits),
-        "winner": {
-            "name": winner.name,
-            "spec": winner.spec.to_json(),
-            "params": counted.params,
-            "macs": counted.macs,
-            "weights": winner.weights.to_json() if winner.weights else None,
-            "teacher": _teacher(work.records),
-        },
-        "budget": verdict,
-        **tested,
-        "validation": {"top1": shipped.val_top1, "n": len(work.splits.validation)},
-        "latency_ms": speed.to_json(),
-        "shipped": entry,
-        "weights": {"asked": work.job.pretrained, "found": list(work.job.weights), "notes": list(work.job.notes)},
-        "candidates": [candidate.to_json() for candidate in pool],
-        "seconds": {
-            name: round(seconds, 2) for name, seconds in ({"total": work.watch.elapsed} | work.watch.stages).items()
-        },
-        "time_limit": work.job.seconds,
-        "with_more_time": with_more_time(work, pool, winner),
-        "seed": work.job.seed,
-        "threads": work.job.threads,
-    }
-    write_card(work.folder, result)
-    write_json(work.folder / "result.json", result)
-    write_report(work.folder)
-
-
-def _teacher(records: Records) -> dict[str, Any] | None:
-    record = records.find("teacher")
-    if record is None or record["val_top1"] is None:
-        return None
-    return {key: record[key] for key in ("name", "epochs", "val_top1", "seconds")}
-
-
-def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any]:
-    """`test` and, where test pictures repeat training pictures, `test_clean`, as in result.json."""
-    test, leaked = work.splits.test, work.splits.leaked
-    probabilities = answers(engine.load(shipped.model, cores()), test, preprocess)
-    predicted = probabilities.argmax(axis=1)
-    right = predicted == test.labels
-    confusion = np.zeros((len(test.classes), len(test.classes)), int)
-    np.add.at(confusion, (test.labels, predicted), 1)
-    work.records.write(
-        "test", classes=list(test.classes), confusion=confusion.tolist(), top1=float(right.mean()), n=len(test)
-    )
-    for mistake in worst_mistakes(test, probabilities, MISTAKES):
-        work.records.write("mistake", **mistake)
-    found: dict[str, Any] = {"test": top1(right)}
-    if leaked.any() and not leaked.all():
-        found["test_clean"] = top1(right[~leaked]) | {"duplicates": int(leaked.sum())}
-    return found
-
-
-def top1(right: np.ndarray) -> dict[str, Any]:
-    """The share of pictures that were named rightly, as in result.json."""
-    return {"top1": float(right.mean()), "n": len(right), "ci95": list(wilson(int(right.sum()), len(right)))}
-
-
-def _record_layers(work: Work, counted: NetCost, precision: str) -> None:
-    for layer in counted.layers:
-        work.records.write(
-            "layer",
-            path=layer.path,
-            leaf=layer.leaf,
-            shape=list(layer.shape),
-            params=layer.params,
-            macs=layer.macs,
-            activation_bytes=layer.values * value_bytes(precision),
-        )
-
-
-def with_more_time(work: Work, pool: list[Candidate], winner: Candidate) -> str:
-    """One sentence on what twice the time would have bought."""
-    entrants = [candidate for candidate in pool if candidate.status != "dropped"]
-    tried = sum(candidate.status in ("tried", "winner") for candidate in entrants)
-    twice = rungs(len(entrants), 2 * work.job.seconds)
-    could = twice[0].candidates if twice else tried
-    trials = f"tried {could} candidates instead of {tried}" if could > tried else "tried the same candidates for longer"
-    seen = winner.epochs or 0.0
-    now, then = (f"{epochs:.2g}" if epochs < 10 else f"{epochs:.0f}" for epochs in (seen, 2 * seen))
-    return (
-        f"In {2 * work.job.seconds:g} s it would have {trials}, and trained the winner for about {then} epochs "
-        f"instead of {now}."
-    )

@@ -105,6 +105,8 @@ def _line(record: Mapping[str, Any]) -> str:
             mark = "ships" if record["chosen"] else record["why"]
             shown = human_bytes(record["size_bytes"]), human_ms(record["latency_ms"]), percent(record["val_top1"])
             return f"{record['format']}: {', '.join(shown)} ({mark})"
+        case "compression":
+            return f"{record['step']}: {record['note']}"
         case "parity":
             verdict = "passed" if record["passed"] else "failed"
             return f"parity {verdict}: {percent(record['agreement'])} same answers on {record['n']} validation pictures"
@@ -162,6 +164,21 @@ def show_training(result: Mapping[str, Any], as_json: bool) -> None:
         repeated = f"without {clean['duplicates']} that repeat training pictures"
         print(f"  test, {repeated}: {percent(clean['top1'])} of {clean['n']}")
     print(f"network: {result['folder']}/model.safetensors")
+
+
+def show_compression(result: Mapping[str, Any], as_json: bool) -> None:
+    """The outcome of a compression on stdout."""
+    if as_json:
+        print(json.dumps(result, indent=2, ensure_ascii=False))
+        return
+    size, validation = result["shipped"]["size_bytes"], result["validation"]
+    smaller = result["float_bytes"] / size
+    print(f"\n{human_bytes(size)} ({size:,} bytes), {smaller:.1f} times smaller than the network's float32 weights")
+    lost = 100 * (validation["top1"] - validation["before"])
+    print(f"  validation {percent(validation['top1'])} of {validation['n']} ({lost:+.2f} points)")
+    print(f"  test       {percent(result['test']['top1'])} of {result['test']['n']}")
+    print(f"  latency    {human_ms(result['latency_ms']['p50'])}")
+    print(f"model: {result['folder']}/model.fly")
 
 
 def show_outlook(outlook: "Outlook", as_json: bool) -> None:

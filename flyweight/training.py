@@ -26,7 +26,8 @@ from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.search.budget import parse_time
 from flyweight.search.donor import Donor, find_donor, open_donor
 from flyweight.ship import write_json, write_network
-from flyweight.stages import SCALED, STATISTICS, data_summary, top1
+from flyweight.shipping import top1
+from flyweight.stages import SCALED, STATISTICS, data_summary
 from flyweight.train.device import choose_device
 from flyweight.train.distributed import Group, Lost, joined
 from flyweight.train.faults import is_out_of_memory

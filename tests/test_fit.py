@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import save
 
 import flyweight
-from flyweight import foreign, pretrained, ship, stages
+from flyweight import foreign, pretrained, ship, shipping, stages
 from flyweight.create import create_model
 from flyweight.data import open_source
 from flyweight.errors import DataError, FlyweightError, ParityError, UsageError
@@ -283,9 +283,9 @@ def test_a_full_disk_gets_one_sentence(tmp_path: Path) -> None:
 
 
 def test_an_export_that_answers_otherwise_is_not_shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    honest = stages.answers
+    honest = shipping.answers
     monkeypatch.setattr(
-        stages, "answers", lambda run, data, preprocess: np.roll(honest(run, data, preprocess), 1, axis=1)
+        shipping, "answers", lambda run, data, preprocess: np.roll(honest(run, data, preprocess), 1, axis=1)
     )
     with pytest.raises(ParityError, match="nothing was shipped"):
         flyweight.fit("demo", "params<=200k", time="8s", out=tmp_path / "run")

@@ -9,12 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
     "ops", "graph", "channels", "initialise", "blocks", "net", "heads", "adapt", "zoo", "fold", "costs", "weights",
     "transfer", "foreign", "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench",
-    "compress", "evaluation", "search", "stages", "teacher", "fitting", "training", "sweep", "cli",
+    "compress", "evaluation", "search", "stages", "shipping", "teacher", "fitting", "training", "compressing",
+    "sweep", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
-ROOTS = {"errors", "units", "data", "report", "preprocess", "records", "job", "run", "mistakes", "ship", "terminal"}
+ROOTS = {
+    "affine", "errors", "units", "data", "report", "preprocess", "records", "job", "classifier", "run", "packed",
+    "mistakes", "ship", "terminal",
+}  # fmt: skip
 # bench's engines and train's atomic writes are used by what a run leaves; torch-free modules use torch-free ones.
 ALLOWED = {
+    "affine": set(),
     "data": {"errors"},
     "report": {"errors", "units"},
     "units": set(),
@@ -23,7 +28,9 @@ ALLOWED = {
     "job": {"errors"},
     "preprocess": {"data", "errors"},
     "mistakes": {"data"},
-    "run": {"bench", "data", "errors", "preprocess"},
+    "classifier": {"bench", "data", "errors", "preprocess"},
+    "run": {"classifier", "data", "errors", "packed"},
+    "packed": {"affine", "bench", "classifier", "errors", "preprocess"},
     "ship": {"net", "preprocess", "timm_models", "train", "units", "weights"},
     "terminal": {"units", "costs", "fitting", "net", "report", "run", "tables"},
 }

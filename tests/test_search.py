@@ -112,7 +112,7 @@ def test_screening_drops_exactly_what_breaks_a_limit(text: str) -> None:
     for candidate in pool:
         estimate_cost(candidate)
         screen(candidate, budget)
-        measured = candidate.measured() | {"size": candidate.cost.weight_values}  # type: ignore[union-attr]
+        measured = candidate.measured() | {"size": 0.4 * candidate.cost.weight_values}  # type: ignore[union-attr]
         assert (candidate.status == "dropped") == (budget.excess(measured) > 0)
         assert (text.partition("<")[0] in candidate.why) == (candidate.status == "dropped")
     assert 0 < sum(candidate.status == "dropped" for candidate in pool) < len(pool)

@@ -8,9 +8,11 @@ import numpy as np
 
 from flyweight.bench.measure import Latency
 
-FLOAT = "float32"
+FLOAT, PACKED = "float32", "packed"
 # int8 may lose this much validation accuracy; and schemes this close to the best are told apart by speed.
 TOLERATED, CLOSE = 0.01, 0.003
+# Less than this share of another's time is notably less.
+NOTABLY = 0.95
 
 
 @dataclass
@@ -26,12 +28,19 @@ class Variant:
     agrees: bool = True
     """Whether it answers closely enough as the trained network does, by the parity gate's tolerance."""
     why: str = ""
+    packed: bytes | None = None
+    """The packed file that ships in place of the model."""
+
+    @property
+    def file(self) -> bytes:
+        """What ships."""
+        return self.packed or self.model
 
     def to_json(self, chosen: bool) -> dict[str, Any]:
         """As a `variant` record."""
         return {
             "format": self.format,
-            "size_bytes": len(self.model),
+            "size_bytes": len(self.file),
             "latency_ms": self.latency.p50,
             "val_top1": self.val_top1,
             "chosen": chosen,
@@ -53,7 +62,7 @@ def choose(variants: Sequence[Variant]) -> Variant:
             variant.why = "its answers differ too much from the trained network's"
         elif variant.excess > least:
             variant.why = "outside the budget"
-    int8 = _best([variant for variant in fitting if variant.format != FLOAT])
+    int8 = best([variant for variant in fitting if variant.format != FLOAT])
     full = next((variant for variant in fitting if variant.format == FLOAT), None)
     chosen = _float_or_int8(full, int8)
     for variant in fitting:
@@ -61,11 +70,13 @@ def choose(variants: Sequence[Variant]) -> Variant:
     return chosen
 
 
-def _best(variants: Sequence[Variant]) -> Variant | None:
-    """The fastest of those whose accuracy is close to the best."""
-    best = max((variant.val_top1 for variant in variants), default=0.0)
-    close = [variant for variant in variants if variant.val_top1 >= best - CLOSE]
-    return min(close, key=lambda variant: variant.latency.p50, default=None)
+def best(variants: Sequence[Variant]) -> Variant | None:
+    """The fastest of those whose accuracy is close to the best; of several about as fast the most accurate."""
+    highest = max((variant.val_top1 for variant in variants), default=0.0)
+    close = [variant for variant in variants if variant.val_top1 >= highest - CLOSE]
+    bar = min((variant.latency.p50 for variant in close), default=0.0)
+    near = [variant for variant in close if NOTABLY * variant.latency.p50 <= bar]
+    return max(near, key=lambda variant: variant.val_top1, default=None)
 
 
 def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:
@@ -82,7 +93,7 @@ def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:
         full.why = f"shipped: int8 is slower here ({int8.latency.p50:.3g} ms against {full.latency.p50:.3g} ms)"
         return full
     faster = full.latency.p50 / int8.latency.p50
-    smaller = len(full.model) / len(int8.model)
+    smaller = len(full.file) / len(int8.file)
     int8.why = (
         f"shipped: {faster:.1f} times faster and {smaller:.1f} times smaller than float32 at {-100 * loss:+.2f} points"
     )

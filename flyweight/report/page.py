@@ -97,6 +97,7 @@ def _context(run: FinishedRun) -> dict[str, Any]:
         "final": run.final[-1] if run.final else None,
         "teacher": result["winner"]["teacher"],
         "variants": _variants(run.variants),
+        "compressions": run.compressions,
         "parity": run.parity,
         "matrix": _matrix(run),
         "recalls": _recalls(run),

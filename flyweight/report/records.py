@@ -96,6 +96,7 @@ _KINDS = {
         "chosen": (bool,),
         "why": _TEXT,
     },
+    "compression": {"step": (str,), "before": (dict,), "after": (dict,), "seconds": _NUMBER, "note": _TEXT},
     "parity": {
         "n": (int,),
         "agreement": _MAYBE,
@@ -159,6 +160,7 @@ class FinishedRun:
     final: list[Epoch]
     trials: list[list[Epoch]]
     variants: list[Record]
+    compressions: list[Record]
     parity: Record | None
     layers: list[Record]
     confusion: list[list[int]] | None
@@ -190,6 +192,7 @@ def load(folder: Path) -> FinishedRun:
         final=_final(records),
         trials=_trials(records),
         variants=_last_by(_of(records, "variant"), "format"),
+        compressions=_last_by(_of(records, "compression"), "step"),
         parity=parities[-1] if parities else None,
         layers=_last_by(_of(records, "layer"), "path"),
         confusion=_confusion(_of(records, "test"), len(result["data"]["classes"]), path),

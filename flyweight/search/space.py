@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from flyweight import zoo
+from flyweight.compress.estimate import CLUSTERED
 from flyweight.costs import NetCost, cost
 from flyweight.graph import GraphError
 from flyweight.net import Net, Spec
@@ -31,6 +32,8 @@ class Candidate:
     spec: Spec
     cost: NetCost | None = None
     size_bytes: int | None = None
+    packed: bool = False
+    """Whether it keeps to the size only when clustered and packed: the size is then an estimate."""
     latency_ms: float | None = None
     status: str = "not tried"
     why: str = ""
@@ -45,15 +48,19 @@ class Candidate:
         return self.cost.macs if self.cost else 0
 
     def measured(self) -> dict[str, float]:
-        """What is known, under the names of budget limits; the memory at one byte a value (int8)."""
+        """What is known, under the names of budget limits; the memory at one byte a value, or four when clustered."""
         values: dict[str, float | None] = {"latency": self.latency_ms, "size": self.size_bytes}
         if self.cost:
-            values |= {"macs": self.cost.macs, "params": self.cost.params, "memory": self.cost.memory_bytes(1)}
+            values |= {
+                "macs": self.cost.macs,
+                "params": self.cost.params,
+                "memory": self.cost.memory_bytes(4 if self.packed else 1),
+            }
         return {name: value for name, value in values.items() if value is not None}
 
     def recall(self, record: Mapping[str, Any]) -> None:
         """Takes up what an earlier measurement recorded."""
-        self.size_bytes, self.latency_ms = record["size_bytes"], record["latency_ms"]
+        self.size_bytes, self.packed, self.latency_ms = (record[key] for key in ("size_bytes", "packed", "latency_ms"))
         self.status, self.why = record["status"], record["why"]
 
     def drop(self, why: str) -> None:
@@ -69,6 +76,7 @@ class Candidate:
             "macs": self.cost.macs if self.cost else None,
             "memory_bytes": self.cost.memory_bytes(1) if self.cost else None,
             "size_bytes": self.size_bytes,
+            "packed": self.packed,
             "latency_ms": self.latency_ms,
             "status": self.status,
             "why": self.why,
@@ -146,7 +154,7 @@ def screen(candidate: Candidate, budget: Budget) -> None:
     if candidate.cost is None:
         return
     measured = candidate.measured()
-    measured.setdefault("size", candidate.cost.weight_values)  # int8: a byte a weight, before scales, names and nodes
+    measured.setdefault("size", CLUSTERED * 4 * candidate.cost.weight_values)  # before scales, names and nodes
     broken = budget.broken(measured)
     if broken:
         candidate.drop(", ".join(shortfall(limit.name, measured[limit.name], limit.value) for limit in broken))

@@ -1,6 +1,7 @@
 """Before training: which candidates can meet the budget, by exact cost and by measuring their exported graphs."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from itertools import groupby
@@ -10,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from flyweight.bench.measure import latencies
+from flyweight.compress.estimate import clustered_bytes
 from flyweight.export import int8, onnx
 from flyweight.preprocess import Preprocess
 from flyweight.search.budget import Budget
@@ -42,17 +44,24 @@ def _structure(candidate: Candidate) -> str:
     return json.dumps([candidate.spec.family, dict(candidate.spec.args)], sort_keys=True)
 
 
-def measure(candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, threads: int) -> None:
+def measure(
+    candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, threads: int, most: float = math.inf
+) -> None:
     """Measures size and latency of the untrained network's exported graph: the faster of float32 and int8.
 
+    Where neither keeps to `most` bytes, its size is estimated as what clustering and packing make of the float32 file.
     `pictures` are a few training pictures, uint8 [n, H, W, C], at the candidate's input size.
     """
     net = build(candidate.spec).eval()
-    model = onnx.export(net, Preprocess.of(pictures), classes)
+    preprocess = Preprocess.of(pictures)
+    model = onnx.export(net, preprocess, classes)
     files = [model.SerializeToString(), int8.quantise(model, pictures, int8.SCHEMES[0]).SerializeToString()]
     measured = latencies(files, pictures[:1], threads, MEASURE_SECONDS, rounds=3)
     candidate.size_bytes = min(len(data) for data in files)
     candidate.latency_ms = min(speed.p50 for speed in measured)
+    if candidate.size_bytes > most:
+        candidate.packed, candidate.latency_ms = True, measured[0].p50
+        candidate.size_bytes = clustered_bytes(net, preprocess, classes)
 
 
 def training_speed(candidate: Candidate, batch_size: int) -> float:

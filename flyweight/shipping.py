@@ -1,0 +1,287 @@
+"""The last stages of the main job: what ships is compressed, verified, measured and written."""
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from flyweight import __version__
+from flyweight.bench.engines import onnxruntime as engine
+from flyweight.bench.measure import latency
+from flyweight.compress.cluster import Cluster
+from flyweight.compress.pack import contents_of, contents_of_onnx, pack
+from flyweight.compress.precision import CLOSE, FLOAT, PACKED, Variant, best, choose
+from flyweight.compress.repair import Attempt, Repair, repair
+from flyweight.compress.step import Context, repair_recipe
+from flyweight.compress.step import compress as compressed
+from flyweight.costs import NetCost, cost
+from flyweight.errors import FlyweightError
+from flyweight.export import onnx
+from flyweight.export.verify import Parity, answers, compare, temperature, wilson
+from flyweight.mistakes import worst_mistakes
+from flyweight.net import Net
+from flyweight.packed.container import read
+from flyweight.preprocess import Preprocess
+from flyweight.records import Records
+from flyweight.report import write_report
+from flyweight.search.space import Candidate
+from flyweight.ship import write_card, write_json, write_model, write_network
+from flyweight.stages import Work, data_summary, needed, rungs
+from flyweight.train.loop import logits
+from flyweight.train.platform import cores
+
+MISTAKES = 24
+# Seconds a precision is measured for when they compete, and the shipped file in the end.
+RACE_SECONDS, FINAL_SECONDS = 0.6, 2.0
+# Of the seconds that are left, the share that int8 may be repaired for, a half of it in fine-tuning; and then, where a
+# network must be made small, the share that it is trained for.
+INT8_SHARE, REPAIR_SHARE = 0.3, 0.6
+SCORED_AT_ONCE = 250
+
+
+def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Net, Variant, NetCost]:
+    """The network, what ships of it, its cost: in the best precision; packed, and clustered, where it must be small."""
+    counted = cost(net)
+    variants = _precisions(work, net, preprocess, counted)
+    small: Net | None = None
+    if _too_large(work, variants):
+        int8 = best([each for each in variants if each.format != FLOAT and each.agrees])
+        variants += [] if int8 is None else [_packed(work, int8)]
+    if _too_large(work, variants):
+        try:
+            small = _clustered(work, net, preprocess)
+            variants.append(_packed_network(work, small, preprocess, counted))
+        except FlyweightError as error:
+            work.records.say(f"the network is not clustered: {error}")
+    shipped = choose(variants)
+    for variant in variants:
+        work.records.write("variant", **variant.to_json(variant is shipped))
+    work.watch.ends("compress")
+    return small if small is not None and shipped is variants[-1] else net, shipped, counted
+
+
+def _precisions(work: Work, net: Net, preprocess: Preprocess, counted: NetCost) -> list[Variant]:
+    """The network in float32 and by each int8 scheme, repaired where the fastest of them loses too much."""
+    outputs = logits(net, work.splits.validation, preprocess).numpy()
+    labels, context = work.splits.validation.labels, _context(work, net, preprocess)
+    seconds = INT8_SHARE * max(0.0, work.left - needed(work, 0.0))
+    settings = Repair(
+        limit=max(CLOSE, 1 / len(labels)),  # of few pictures one wrong is no loss to speak of
+        seconds=seconds / 2,
+        fine_tune=seconds / 2,
+        race=RACE_SECONDS,
+        temperature=temperature(outputs, labels),
+    )
+    work.records.progress("quantising", 0.0)
+    attempts = repair(net, context, settings).attempts
+    return [_variant(work, each, outputs.argmax(axis=1), counted) for each in attempts]
+
+
+def _variant(work: Work, attempt: Attempt, answered: np.ndarray, counted: NetCost) -> Variant:
+    """A file, against what the network answers on the validation pictures."""
+    parity = compare(answered, attempt.answered, work.splits.validation.labels, attempt.name == FLOAT)
+    measured = measures(counted, attempt.name, len(attempt.model), attempt.latency.p50, attempt.val_top1)
+    excess = work.budget.excess(measured)
+    return Variant(attempt.name, attempt.model, attempt.latency, attempt.val_top1, measured, excess, parity.passed)
+
+
+def _float_variant(work: Work, data: bytes, answered: np.ndarray, preprocess: Preprocess, counted: NetCost) -> Variant:
+    """A float32 file that is no attempt of a repair, measured in the same way."""
+    pixels, labels = work.splits.validation.batch(preprocess.size[0]), work.splits.validation.labels
+    run, starts = engine.load(data, cores()), range(0, len(pixels), SCORED_AT_ONCE)
+    found = np.concatenate([run(pixels[start : start + SCORED_AT_ONCE]).argmax(axis=1) for start in starts])
+    parity = compare(answered, found, labels, is_float=True)
+    speed = latency(data, pixels[:1], work.job.threads, RACE_SECONDS)
+    measured = measures(counted, FLOAT, len(data), speed.p50, parity.exported_top1)
+    return Variant(FLOAT, data, speed, parity.exported_top1, measured, work.budget.excess(measured), parity.passed)
+
+
+def _context(work: Work, net: Net, preprocess: Preprocess) -> Context:
+    """What compression steps of this job share; the network is what they are to answer as."""
+    return Context(
+        work.splits.train,
+        work.splits.validation,
+        preprocess,
+        repair_recipe(preprocess.size[0]),
+        records=work.records,
+        seed=work.job.seed,
+        threads=work.job.threads,
+        teacher=net,
+    )
+
+
+def _too_large(work: Work, variants: list[Variant]) -> bool:
+    """Whether the budget limits the size, and nothing that may ship keeps to it."""
+    limit = work.budget.limit("size")
+    return limit is not None and not any(limit.met(len(each.file)) for each in variants if each.agrees)
+
+
+def _packed(work: Work, variant: Variant) -> Variant:
+    """The same file packed, bit for bit."""
+    data = pack(contents_of_onnx(variant.model, variant.format)).data
+    return _as_packed(work, variant, data, f"{variant.format}, {PACKED}")
+
+
+def _as_packed(work: Work, variant: Variant, data: bytes, name: str) -> Variant:
+    measured = variant.measured | {"size": len(data)}
+    return replace(variant, format=name, packed=data, measured=measured, excess=work.budget.excess(measured))
+
+
+def _clustered(work: Work, net: Net, preprocess: Preprocess) -> Net:
+    """The network in so few values that its packed file keeps to the size. Raises FlyweightError where it cannot."""
+    limit = work.budget.limit("size")
+    assert limit is not None
+    seconds = REPAIR_SHARE * max(0.0, work.left - needed(work, 0.0))
+    work.records.progress("clustering", 0.0)
+    context = replace(_context(work, net, preprocess), seconds=seconds)
+    return compressed(net, [Cluster(size=int(limit.value))], context)
+
+
+def _packed_network(work: Work, net: Net, preprocess: Preprocess, counted: NetCost) -> Variant:
+    """A clustered network, exported and packed."""
+    outputs, validation = logits(net, work.splits.validation, preprocess).numpy(), work.splits.validation
+    degree = temperature(outputs, validation.labels)
+    data = onnx.export(net, preprocess, work.splits.train.classes, degree).SerializeToString()
+    variant = _float_variant(work, data, outputs.argmax(axis=1), preprocess, counted)
+    packed = pack(contents_of(net, preprocess, work.splits.train.classes, net.spec.family, data)).data
+    return _as_packed(work, variant, packed, f"{FLOAT}, clustered, {PACKED}")
+
+
+def measures(counted: NetCost, precision: str, size: int, milliseconds: float, accuracy: float) -> dict[str, float]:
+    """The values of an exported file under the names of budget limits."""
+    return {
+        "latency": milliseconds,
+        "size": size,
+        "memory": counted.memory_bytes(value_bytes(precision)),
+        "macs": counted.macs,
+        "params": counted.params,
+        "accuracy": accuracy,
+    }
+
+
+def value_bytes(precision: str) -> int:
+    """Bytes of one weight or activation while it runs."""
+    return 4 if precision.startswith(FLOAT) else 1
+
+
+def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Parity:
+    """The parity gate over all validation pictures, read anew from their sources."""
+    validation = work.splits.validation
+    reference = logits(net, validation, preprocess).argmax(dim=1).numpy()
+    model = read(shipped.packed).onnx() if shipped.packed else shipped.model
+    exported = answers(engine.load(model, cores()), validation, preprocess).argmax(axis=1)
+    parity = compare(reference, exported, validation.labels, shipped.format.startswith(FLOAT))
+    work.records.write("parity", **parity.to_json())
+    work.watch.ends("verify")
+    return parity
+
+
+def finish(
+    work: Work,
+    pool: list[Candidate],
+    winner: Candidate,
+    net: Net,
+    preprocess: Preprocess,
+    shipped: Variant,
+    counted: NetCost,
+) -> None:
+    """Scores the test pictures once, with the shipped file alone; writes what the run leaves."""
+    entry = write_model(work.folder, shipped.model, shipped.format, shipped.packed)
+    write_network(work.folder, net, winner.name, preprocess, work.splits.train.classes)
+    tested = _test(work, preprocess, shipped)
+    work.watch.ends("verify")
+    _record_layers(work, counted, shipped.format)
+    pixels = work.splits.validation.batch(preprocess.size[0], [0])
+    speed = latency(shipped.model, pixels, work.job.threads, FINAL_SECONDS)
+    measured = measures(counted, shipped.format, len(shipped.file), speed.p50, shipped.val_top1)
+    verdict = work.budget.check(measured)
+    work.watch.ends("compress")
+    result: dict[str, Any] = {
+        "version": __version__,
+        "status": "met" if all(line["met"] for line in verdict) else "not met",
+        "data": data_summary(work.job.source, work.source, work.splits),
+        "winner": {
+            "name": winner.name,
+            "spec": winner.spec.to_json(),
+            "params": counted.params,
+            "macs": counted.macs,
+            "weights": winner.weights.to_json() if winner.weights else None,
+            "teacher": _teacher(work.records),
+        },
+        "budget": verdict,
+        **tested,
+        "validation": {"top1": shipped.val_top1, "n": len(work.splits.validation)},
+        "latency_ms": speed.to_json(),
+        "shipped": entry,
+        "weights": {"asked": work.job.pretrained, "found": list(work.job.weights), "notes": list(work.job.notes)},
+        "candidates": [candidate.to_json() for candidate in pool],
+        "seconds": {
+            name: round(seconds, 2) for name, seconds in ({"total": work.watch.elapsed} | work.watch.stages).items()
+        },
+        "time_limit": work.job.seconds,
+        "with_more_time": with_more_time(work, pool, winner),
+        "seed": work.job.seed,
+        "threads": work.job.threads,
+    }
+    write_card(work.folder, result)
+    write_json(work.folder / "result.json", result)
+    write_report(work.folder)
+
+
+def _teacher(records: Records) -> dict[str, Any] | None:
+    record = records.find("teacher")
+    if record is None or record["val_top1"] is None:
+        return None
+    return {key: record[key] for key in ("name", "epochs", "val_top1", "seconds")}
+
+
+def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any]:
+    """`test` and, where test pictures repeat training pictures, `test_clean`, as in result.json."""
+    test, leaked = work.splits.test, work.splits.leaked
+    probabilities = answers(engine.load(shipped.model, cores()), test, preprocess)
+    predicted = probabilities.argmax(axis=1)
+    right = predicted == test.labels
+    confusion = np.zeros((len(test.classes), len(test.classes)), int)
+    np.add.at(confusion, (test.labels, predicted), 1)
+    work.records.write(
+        "test", classes=list(test.classes), confusion=confusion.tolist(), top1=float(right.mean()), n=len(test)
+    )
+    for mistake in worst_mistakes(test, probabilities, MISTAKES):
+        work.records.write("mistake", **mistake)
+    found: dict[str, Any] = {"test": top1(right)}
+    if leaked.any() and not leaked.all():
+        found["test_clean"] = top1(right[~leaked]) | {"duplicates": int(leaked.sum())}
+    return found
+
+
+def top1(right: np.ndarray) -> dict[str, Any]:
+    """The share of pictures that were named rightly, as in result.json."""
+    return {"top1": float(right.mean()), "n": len(right), "ci95": list(wilson(int(right.sum()), len(right)))}
+
+
+def _record_layers(work: Work, counted: NetCost, precision: str) -> None:
+    for layer in counted.layers:
+        work.records.write(
+            "layer",
+            path=layer.path,
+            leaf=layer.leaf,
+            shape=list(layer.shape),
+            params=layer.params,
+            macs=layer.macs,
+            activation_bytes=layer.values * value_bytes(precision),
+        )
+
+
+def with_more_time(work: Work, pool: list[Candidate], winner: Candidate) -> str:
+    """One sentence on what twice the time would have bought."""
+    entrants = [candidate for candidate in pool if candidate.status != "dropped"]
+    tried = sum(candidate.status in ("tried", "winner") for candidate in entrants)
+    twice = rungs(len(entrants), 2 * work.job.seconds)
+    could = twice[0].candidates if twice else tried
+    trials = f"tried {could} candidates instead of {tried}" if could > tried else "tried the same candidates for longer"
+    seen = winner.epochs or 0.0
+    now, then = (f"{epochs:.2g}" if epochs < 10 else f"{epochs:.0f}" for epochs in (seen, 2 * seen))
+    return (
+        f"In {2 * work.job.seconds:g} s it would have {trials}, and trained the winner for about {then} epochs "
+        f"instead of {now}."
+    )
