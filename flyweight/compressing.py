@@ -11,7 +11,7 @@ from flyweight.bench.engines import onnxruntime as engine
 from flyweight.bench.environment import environment
 from flyweight.bench.measure import latency
 from flyweight.compress.cluster import Cluster
-from flyweight.compress.estimate import clustered_bytes
+from flyweight.compress.estimate import SPARE, clustered_bytes
 from flyweight.compress.pack import contents_of, pack
 from flyweight.compress.precision import FLOAT, PACKED
 from flyweight.compress.prune import Prune
@@ -149,7 +149,7 @@ def _clustered(work: _Work, net: Net) -> Net:
     """The network in few values: of the size that is asked for, or the smallest that loses little enough."""
     request, context = work.request, work.context
     if request.size is not None:
-        return compress(net, [Cluster(size=request.size)], context)
+        return compress(net, [Cluster(size=request.size - SPARE)], context)
     least = context.accuracy(work.before) - request.drop
     best: Net | None = None
     sizes = [clustered_bytes(net, context.preprocess, work.splits.train.classes, share) for share in SHARES]
@@ -178,7 +178,7 @@ def _finish(work: _Work, net: Net) -> dict[str, Any]:
     preprocess, classes = context.preprocess, splits.train.classes
     outputs = logits(net, splits.validation, preprocess).numpy()
     model = onnx.export(net, preprocess, classes, temperature(outputs, splits.validation.labels)).SerializeToString()
-    packed = pack(contents_of(net, preprocess, classes, work.name, model)).data
+    packed = pack(contents_of(net, preprocess, classes, net.spec.family, model)).data
     run = engine.load(read(packed).onnx(), cores())
     found = answers(run, splits.validation, preprocess).argmax(axis=1)
     parity = compare(outputs.argmax(axis=1), found, splits.validation.labels, True)

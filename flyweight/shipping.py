@@ -9,6 +9,7 @@ from flyweight import __version__
 from flyweight.bench.engines import onnxruntime as engine
 from flyweight.bench.measure import latency
 from flyweight.compress.cluster import Cluster
+from flyweight.compress.estimate import SPARE
 from flyweight.compress.pack import contents_of, contents_of_onnx, pack
 from flyweight.compress.precision import CLOSE, FLOAT, PACKED, Variant, best, choose
 from flyweight.compress.repair import Attempt, Repair, repair
@@ -134,7 +135,7 @@ def _clustered(work: Work, net: Net, preprocess: Preprocess) -> Net:
     seconds = REPAIR_SHARE * max(0.0, work.left - needed(work, 0.0))
     work.records.progress("clustering", 0.0)
     context = replace(_context(work, net, preprocess), seconds=seconds)
-    return compressed(net, [Cluster(size=int(limit.value))], context)
+    return compressed(net, [Cluster(size=int(limit.value) - SPARE)], context)
 
 
 def _packed_network(work: Work, net: Net, preprocess: Preprocess, counted: NetCost) -> Variant:

@@ -12,6 +12,8 @@ from flyweight.preprocess import Preprocess
 
 # What clustering leaves of the float32 bytes of kernels at little loss.
 CLUSTERED = 0.1
+# Bytes that the temperature, which is fitted in the end, may add to the file.
+SPARE = 16
 
 
 @torch.no_grad()
