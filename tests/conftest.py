@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from flyweight.train import kernels
 
@@ -15,6 +16,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if worker and hasattr(os, "sched_setaffinity"):
         own = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, {own[int(worker) % len(own)]})
+        torch.set_num_threads(1)  # OpenMP counted the cores when it was loaded
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -31,6 +31,7 @@ from flyweight.units import human_bytes
 
 Floats = NDArray[np.float32]
 Places = NDArray[np.int32]
+Tried = tuple[float, float]  # a price and the bytes that it gave, in logarithms
 
 DAMPING = 0.01  # of the mean moment: what keeps the factors of few pictures from being believed too much
 FLOOR = 0.3  # of the mean power: an error too large for second moments counts where no picture's answer hangs on it
@@ -39,7 +40,9 @@ PASSES = 3  # of rounding and counting what its values cost, which is then what 
 PRIOR = 4  # weights that an input channel's share of zeros is believed to be the layer's before it is seen
 FINER = 0.5  # times the step at which rounding to the nearest is best: here rounding weighs bits itself
 BOOK_BITS, GRID_BITS = 20, 2  # that one more value takes in the file, in a book of any values and in a grid
-TRIALS = 10  # prices tried to meet a size
+TRIALS = 12  # prices tried at most to meet a size: the first, those a factor apart on the way to it, those between
+FIRST_PRICE, STRIDE = 1e-7, math.log(20)
+AIM, ENOUGH = 0.997, 0.992  # of a size, that a price is to give, and that is near enough
 BATCH = 16
 NEAR = 0.05  # of a size, by which an estimate may exceed it before the file itself is measured
 TRAINED_STEP = 4  # of a grid's step, to multiples of whose quarter training moves the values
@@ -294,6 +297,14 @@ def away(net: Net, before: Net, context: Context) -> float:
     return float(distance(now, then, 1.0))
 
 
+def _between(low: Tried | None, high: Tried | None, wanted: float) -> float:
+    """The price to try next, where the one leaves too much and the other little enough; all in logarithms."""
+    if low is None or high is None:
+        return high[0] - STRIDE if high else low[0] + STRIDE if low else 0.0
+    share = (low[1] - wanted) / (low[1] - high[1]) if low[1] > high[1] else 0.5
+    return low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
+
+
 def size_of(net: Net, context: Context) -> int:
     """The bytes of the network's packed file, once its norms are merged."""
     return context.packed_bytes(with_merged_norms(net))
@@ -348,25 +359,31 @@ class Cluster:
         return with_merged_norms(net)
 
     def _coded(self, net: Net, layers: Sequence[Layer], context: Context) -> tuple[float, dict[str, Code]]:
-        """The price, and the layers at it: for a size found by halving, tested on packed files."""
+        """The price, and the layers at it: for a size found between prices tried before, tested on packed files."""
         if self.price is not None:
             return self.price, all_coded(layers, self.price, self.levels)
         assert self.size is not None
         spare = TRAINED_BITS / 8 if context.seconds or context.epochs else 0.0
-        low, high, found = math.log(1e-10), 0.0, None
+        low: Tried | None = None
+        high: Tried | None = None
+        found, at = None, math.log(FIRST_PRICE)
         rest = 0.0  # what the file takes beside the estimate
         for trial in range(TRIALS):
-            price = math.exp((low + high) / 2)
+            price = math.exp(at)
             codes = all_coded(layers, price, self.levels)
             more = spare * sum(len(np.unique(code.places)) for code in codes.values())
             estimate = sum(code.bits for code in codes.values()) / 8 + more
             if trial == 0 or estimate + rest < (1 + NEAR) * self.size:  # nothing is taken that was not measured
                 put(net, layers, codes)
                 rest = size_of(net, context) + more - estimate
+            tried = at, math.log(estimate + rest)
             if estimate + rest > self.size:
-                low = math.log(price)
+                low = tried
             else:
-                high, found = math.log(price), (price, codes)
+                high, found = tried, (price, codes)
+                if estimate + rest > ENOUGH * self.size:
+                    break
+            at = _between(low, high, math.log(AIM * self.size))
         if found is None:
             raise FlyweightError(f"clustering cannot bring the packed file to {human_bytes(self.size)}: allow more")
         return found
