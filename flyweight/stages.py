@@ -43,8 +43,9 @@ EPOCHS_WANTED, PICTURES_WANTED, FIRST_TRIAL, SHORTEST_TRIAL = 12, 50_000, 1 / 48
 # Forward multiply-accumulates a second and core that training reaches on a current CPU, for families whose own speed is
 # not measured: only the order of trying depends on it.
 TRAINING_MACS = 12e9
-# Of the time of a job, what making its winner small has, where the size of the budget asks for more than int8.
-SMALL_SHARE = 0.15
+# Of the time of a job, what clustering its winner has, where the size of the budget asks for more than int8. What must
+# be clustered is to be so many times nearer to the ideal, and comes last where it would have fewer seconds than these.
+SMALL_SHARE, PACKING, WORTH_PACKING = 0.15, 2.0, 15.0
 DOING = {"trial": "trying", "teacher": "training as a teacher", "final": "training"}
 MOST_RESTARTS = 3
 # The share in the targets that a teacher's answers have.
@@ -227,15 +228,19 @@ def in_order(
     job: Job, images: int, pool: Sequence[Candidate], speeds: Mapping[str, float] | None = None
 ) -> list[Candidate]:
     """Those that start from weights first, for what they know; both as `ranked` has them, by the families' speeds."""
-    anew = [candidate for candidate in pool if candidate.weights is None]
-    ahead = [candidate for candidate in pool if candidate.weights is not None]
     seen = images * EPOCHS_WANTED  # what knows much already needs no more pictures than that
 
     def ideal(family: str, pictures: int) -> float:
         return (speeds or {}).get(family, TRAINING_MACS * cores()) * final_seconds(job.seconds) / pictures
 
-    first = ranked(ahead, lambda family: ideal(family, seen))
-    return first + ranked(anew, lambda family: ideal(family, max(seen, PICTURES_WANTED)))
+    def order(those: Sequence[Candidate]) -> list[Candidate]:
+        first = ranked([each for each in those if each.weights], lambda family: ideal(family, seen), PACKING)
+        anew = [each for each in those if each.weights is None]
+        return first + ranked(anew, lambda family: ideal(family, max(seen, PICTURES_WANTED)), PACKING)
+
+    if SMALL_SHARE * job.seconds > WORTH_PACKING:
+        return order(pool)
+    return order([each for each in pool if not each.packed]) + order([each for each in pool if each.packed])
 
 
 def _measure(work: Work, candidate: Candidate) -> None:

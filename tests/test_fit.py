@@ -177,7 +177,7 @@ def test_a_finished_run_is_opened_not_repeated(finished: tuple[flyweight.Run, Pa
 
 def test_a_budget_that_nothing_meets_ships_the_nearest(tmp_path: Path) -> None:
     done = subprocess.run(
-        command("fit", "demo", "--budget", "size<=9KB", "--time", "10s", "--out", tmp_path / "run"),
+        command("fit", "demo", "--budget", "size<=2KB", "--time", "10s", "--out", tmp_path / "run"),
         capture_output=True,
         text=True,
     )

@@ -8,6 +8,7 @@ the answers need them. Distillation from the network as it was then moves the va
 
 import copy
 import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +43,8 @@ FINER = 0.5  # times the step at which rounding to the nearest is best: here rou
 BOOK_BITS, GRID_BITS = 20, 2  # that one more value takes in the file, in a book of any values and in a grid
 TRIALS = 12  # prices tried at most to meet a size: the first, those a factor apart on the way to it, those between
 FIRST_PRICE, STRIDE = 1e-7, math.log(20)
-AIM, ENOUGH = 0.997, 0.992  # of a size, that a price is to give, and that is near enough
+# Of a size: what a price is to give, what is near enough, and near enough where the time is over.
+AIM, ENOUGH, ROUGHLY = 0.997, 0.992, 0.9
 BATCH = 16
 NEAR = 0.05  # of a size, by which an estimate may exceed it before the file itself is measured
 TRAINED_STEP = 4  # of a grid's step, to multiples of whose quarter training moves the values
@@ -335,12 +337,15 @@ class Cluster:
 
     def __call__(self, net: Net, context: Context) -> Net:
         """Raises FlyweightError where the size is out of reach."""
+        start = time.perf_counter()
         before, net = net, copy.deepcopy(net).eval()
         found = curvatures(net, calibration(context, self.pictures, BATCH), context.seed)
         layers = [Layer.of(path, net.get_submodule(path), each) for path, each in found.items()]
-        price, codes = self._coded(net, layers, context)
+        price, codes = self._coded(net, layers, context, start)
         put(net, layers, codes)
         lost = [away(net, before, context)]
+        if context.seconds is not None:
+            context = replace(context, seconds=max(0.0, start + context.seconds - time.perf_counter()))
         if context.seconds or context.epochs:
             rounded = copy.deepcopy(net.state_dict())
             self._train(net, before, layers, context)
@@ -358,7 +363,9 @@ class Cluster:
         )
         return with_merged_norms(net)
 
-    def _coded(self, net: Net, layers: Sequence[Layer], context: Context) -> tuple[float, dict[str, Code]]:
+    def _coded(
+        self, net: Net, layers: Sequence[Layer], context: Context, start: float
+    ) -> tuple[float, dict[str, Code]]:
         """The price, and the layers at it: for a size found between prices tried before, tested on packed files."""
         if self.price is not None:
             return self.price, all_coded(layers, self.price, self.levels)
@@ -381,7 +388,8 @@ class Cluster:
                 low = tried
             else:
                 high, found = tried, (price, codes)
-                if estimate + rest > ENOUGH * self.size:
+                late = context.seconds is not None and time.perf_counter() - start > context.seconds
+                if estimate + rest > (ROUGHLY if late else ENOUGH) * self.size:
                     break
             at = _between(low, high, math.log(AIM * self.size))
         if found is None:

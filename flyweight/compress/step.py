@@ -39,8 +39,8 @@ def repair_recipe(size: int) -> Recipe:
 class Context:
     """What the steps of a chain share.
 
-    `seconds` or `epochs` are what one step may train for; `latency` asks for measurements on `threads` cores; `teacher`
-    is what the recipe distils from.
+    `seconds` or `epochs` are what one step may train for (clustering's search counts too); `latency` asks for
+    measurements on `threads` cores; `teacher` is what the recipe distils from.
     """
 
     train: Dataset

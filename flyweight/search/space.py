@@ -153,8 +153,10 @@ def screen(candidate: Candidate, budget: Budget) -> None:
     """Drops what its cost alone rules out: MACs, parameters, memory, or more weights than the file may have bytes."""
     if candidate.cost is None:
         return
+    limit = budget.limit("size")  # int8: a byte a weight, before scales, names and nodes
+    candidate.packed = limit is not None and not limit.met(candidate.cost.weight_values)
     measured = candidate.measured()
-    measured.setdefault("size", CLUSTERED * 4 * candidate.cost.weight_values)  # before scales, names and nodes
+    measured.setdefault("size", candidate.cost.weight_values * (4 * CLUSTERED if candidate.packed else 1))
     broken = budget.broken(measured)
     if broken:
         candidate.drop(", ".join(shortfall(limit.name, measured[limit.name], limit.value) for limit in broken))
@@ -165,16 +167,16 @@ def shortfall(name: str, measured: float, limit: float) -> str:
     return f"{name} {budget_value(name, measured)} is over {budget_value(name, limit)}"
 
 
-def ranked(pool: Sequence[Candidate], ideal_macs: Callable[[str], float]) -> list[Candidate]:
+def ranked(pool: Sequence[Candidate], ideal_macs: Callable[[str], float], packing: float = 1.0) -> list[Candidate]:
     """The order in which to try: family by family in turn, in each the candidates nearest to its ideal MACs first.
 
     `ideal_macs(family)` is what the time given can train well; below it capacity is lost, above it epochs. The family
-    that can train most comes first.
+    that can train most comes first. What must be clustered and packed counts as `packing` times as far.
     """
 
     def distance(candidate: Candidate) -> float:
         ratio = max(candidate.macs, 1) / ideal_macs(candidate.spec.family)
-        return max(ratio, 1 / ratio)
+        return max(ratio, 1 / ratio) * (packing if candidate.packed else 1.0)
 
     def place(queue: list[Candidate]) -> tuple[float, float]:
         return -ideal_macs(queue[0].spec.family), distance(queue[0])

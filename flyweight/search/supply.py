@@ -71,7 +71,7 @@ def suits(spec: Spec, pictures: data.Source, budget: Budget) -> bool:
         candidate = Candidate("", form)
         estimate_cost(candidate)
         screen(candidate, budget)
-        if candidate.status != "dropped":
+        if candidate.status != "dropped" and not candidate.packed:
             return True
     return False
 
