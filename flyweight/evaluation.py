@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from flyweight.data import Dataset, Splits, open_source, prepare
 from flyweight.errors import FlyweightError, UsageError
-from flyweight.export.verify import wilson
+from flyweight.export.verify import prepared_answers, wilson
 from flyweight.job import FILE as JOB
 from flyweight.preprocess import Preprocess
 from flyweight.run import open_classifier
@@ -95,7 +95,7 @@ def evaluate(
     splits = prepare(source, [model.preprocess.size[0]], seed=_seed(model.path), skip_corrupt=skip_corrupt)
     chosen: Dataset = getattr(splits, split)
     labels = np.array([model.classes.index(name) for name in source.classes])[chosen.labels]
-    probabilities = _answers(model, chosen)
+    probabilities = prepared_answers(model.answer, chosen, model.preprocess.size[0])
     return {
         "model": str(model.path),
         "data": data,
@@ -124,12 +124,6 @@ def _seed(model: Path) -> int:
         return int(json.loads(run.read_text(encoding="utf-8"))["seed"]) if run.exists() else 0
     except (ValueError, KeyError, TypeError) as error:
         raise FlyweightError(f"{run} is damaged ({error!r}): it must hold the run's seed") from error
-
-
-def _answers(model: Model, data: Dataset) -> np.ndarray:
-    size = model.preprocess.size[0]
-    starts = range(0, len(data), BATCH)
-    return np.concatenate([model.answer(data.batch(size, slice(start, start + BATCH))) for start in starts])
 
 
 def scores(probabilities: np.ndarray, labels: NDArray[np.int64], classes: tuple[str, ...]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from flyweight.compress.step import compress as compressed
 from flyweight.costs import NetCost, cost
 from flyweight.errors import FlyweightError
 from flyweight.export import onnx
-from flyweight.export.verify import Parity, answers, compare, temperature, wilson
+from flyweight.export.verify import Parity, answers, compare, prepared_answers, temperature, wilson
 from flyweight.mistakes import worst_mistakes
 from flyweight.net import Net
 from flyweight.packed.container import read
@@ -37,7 +37,6 @@ RACE_SECONDS, FINAL_SECONDS = 0.6, 2.0
 # Of the seconds that are left, the share that int8 may be repaired for, a half of it in fine-tuning; and then, where a
 # network must be made small, the share that it is trained for.
 INT8_SHARE, REPAIR_SHARE = 0.3, 0.6
-SCORED_AT_ONCE = 250
 
 
 def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Net, Variant, NetCost]:
@@ -88,11 +87,10 @@ def _variant(work: Work, attempt: Attempt, answered: np.ndarray, counted: NetCos
 
 def _float_variant(work: Work, data: bytes, answered: np.ndarray, preprocess: Preprocess, counted: NetCost) -> Variant:
     """A float32 file that is no attempt of a repair, measured in the same way."""
-    pixels, labels = work.splits.validation.batch(preprocess.size[0]), work.splits.validation.labels
-    run, starts = engine.load(data, cores()), range(0, len(pixels), SCORED_AT_ONCE)
-    found = np.concatenate([run(pixels[start : start + SCORED_AT_ONCE]).argmax(axis=1) for start in starts])
-    parity = compare(answered, found, labels, is_float=True)
-    speed = latency(data, pixels[:1], work.job.threads, RACE_SECONDS)
+    validation, size = work.splits.validation, preprocess.size[0]
+    found = prepared_answers(engine.load(data, cores()), validation, size).argmax(axis=1)
+    parity = compare(answered, found, validation.labels, is_float=True)
+    speed = latency(data, validation.batch(size, [0]), work.job.threads, RACE_SECONDS)
     measured = measures(counted, FLOAT, len(data), speed.p50, parity.exported_top1)
     return Variant(FLOAT, data, speed, parity.exported_top1, measured, work.budget.excess(measured), parity.passed)
 

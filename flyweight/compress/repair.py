@@ -17,16 +17,15 @@ from flyweight.compress.equalise import correct_biases, edges, equalise, smooth
 from flyweight.compress.precision import FLOAT, NOTABLY, calibration_sample
 from flyweight.compress.qat import FakeQuantised, fake_quantised, fine_tune
 from flyweight.compress.step import Context
-from flyweight.data import Dataset
 from flyweight.export import int8, onnx
 from flyweight.export.calibration import CALIBRATORS, Histogram, Range, limits, observe, ranges
+from flyweight.export.verify import prepared_answers
 from flyweight.fold import fold_batchnorm
 from flyweight.graph import trace
 from flyweight.train.inputs import normalise
 from flyweight.train.loop import Clock, Diverged
 from flyweight.train.platform import cores
 
-SCORED_AT_ONCE = 250
 # Training pictures that place the ranges; and of them those that give largest activations and mean errors.
 CALIBRATED, LOOKED_INTO = 256, 64
 MOST_FLOAT = 1 / 3  # of the layers
@@ -208,7 +207,7 @@ class _Search:
         self.shape = (context.preprocess.channels, *size)
         self.plain = self.form(fold_batchnorm(net, self.shape), ())
         file = self.plain.model.SerializeToString()
-        self.true = _answers(file, context.validation, size[0])
+        self.true = prepared_answers(engine.load(file, cores()), context.validation, size[0])
         self.true_here = engine.load(file, cores())(self.pictures)
         self.attempts: list[Attempt] = []
         self._add(FLOAT, file, self.true)
@@ -241,7 +240,8 @@ class _Search:
     def attempt(self, way: Way) -> None:
         """Makes and scores a file."""
         file = int8.shortened(way.placed()).SerializeToString()
-        self._add(way.name, file, _answers(file, self.context.validation, self.context.preprocess.size[0]), way)
+        run, context = engine.load(file, cores()), self.context
+        self._add(way.name, file, prepared_answers(run, context.validation, context.preprocess.size[0]), way)
 
     def follow(self, stage: "Stage") -> None:
         """Attempts what a stage yields, while there is time."""
@@ -300,12 +300,6 @@ class _Search:
         speed = {scheme: self.of(scheme)[0].latency.p50 for scheme in self.settings.schemes}
         bar = min((speed[scheme] for scheme in speed if self.holds(scheme)), default=float("inf"))
         return sorted((scheme for scheme in speed if speed[scheme] < NOTABLY * bar), key=lambda each: speed[each])
-
-
-def _answers(file: bytes, data: Dataset, size: int) -> np.ndarray:
-    """Probabilities [N, classes] of a file for all pictures."""
-    run, starts = engine.load(file, cores()), range(0, len(data), SCORED_AT_ONCE)
-    return np.concatenate([run(data.batch(size, slice(start, start + SCORED_AT_ONCE))) for start in starts])
 
 
 def divergence(true: np.ndarray, found: np.ndarray) -> float:

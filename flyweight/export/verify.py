@@ -41,6 +41,12 @@ def answers(run: Callable[[np.ndarray], np.ndarray], data: Dataset, preprocess: 
     return np.concatenate([run(pixels) for pixels in raw_batches(data, preprocess)])
 
 
+def prepared_answers(run: Callable[[np.ndarray], np.ndarray], data: Dataset, size: int) -> np.ndarray:
+    """Probabilities [N, classes] of an exported file for the pictures as they were prepared at `size` pixels."""
+    starts = range(0, len(data), BATCH)
+    return np.concatenate([run(data.batch(size, slice(start, start + BATCH))) for start in starts])
+
+
 def raw_batches(data: Dataset, preprocess: Preprocess) -> Iterator[np.ndarray]:
     """uint8 [n, H, W, C] batches, each picture read from its source again: no pack, no cache."""
     for start in range(0, len(data), BATCH):
