@@ -15,7 +15,7 @@ CHAIN = [
 # Roots that the chain may use and that use none of it.
 ROOTS = {
     "affine", "errors", "units", "data", "report", "preprocess", "records", "job", "classifier", "run", "packed",
-    "mistakes", "ship", "terminal",
+    "mistakes", "ship", "terminal", "exported",
 }  # fmt: skip
 # bench's engines and train's atomic writes are used by what a run leaves; torch-free modules use torch-free ones.
 ALLOWED = {
@@ -27,6 +27,7 @@ ALLOWED = {
     "records": set(),
     "job": {"errors"},
     "preprocess": {"data", "errors"},
+    "exported": {"errors", "preprocess"},
     "mistakes": {"data"},
     "classifier": {"bench", "data", "errors", "preprocess"},
     "run": {"classifier", "data", "errors", "packed"},

@@ -5,7 +5,12 @@ from collections.abc import Callable
 import numpy as np
 import onnxruntime
 
+from flyweight.exported import Exported
+
 NAME = "onnxruntime"
+OPENS = {".onnx": ()}
+NEEDS = ("onnxruntime",)
+EXTRA = "onnx"
 
 
 def session(model: bytes, threads: int) -> onnxruntime.InferenceSession:
@@ -21,3 +26,8 @@ def load(model: bytes, threads: int) -> Callable[[np.ndarray], np.ndarray]:
     """A function from uint8 [N, H, W, C] to probabilities [N, classes]."""
     run = session(model, threads).run
     return lambda images: np.asarray(run(None, {"image": images})[0])
+
+
+def start(exported: Exported, threads: int) -> Callable[[np.ndarray], np.ndarray]:
+    """See `engines`."""
+    return load(exported.data, threads)

@@ -1,0 +1,9 @@
+"""OpenVINO on the CPU, float layers in bfloat16 where the processor has it (elsewhere it is the same as float32)."""
+
+from functools import partial
+
+from flyweight.bench.engines import openvino
+
+NAME = "openvino-bf16"
+OPENS, NEEDS, EXTRA = openvino.OPENS, openvino.NEEDS, openvino.EXTRA
+start = partial(openvino.start, precision="bf16")
