@@ -1,11 +1,15 @@
 """The exported file: its interface, int8 in all schemes, and the parity gate with planted faults."""
 
 import json
+import platform
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx as onnx_format
 import pytest
 import torch
+from onnx import TensorProto, numpy_helper
 from torch import nn
 
 from flyweight.bench.engines import onnxruntime as engine
@@ -114,7 +118,7 @@ def test_a_leaf_without_a_rule_fails_by_name() -> None:
         onnx.export(nn.Sequential(nn.Tanh(), GlobalAvgPool()), GREY, CLASSES)
 
 
-@pytest.mark.parametrize("scheme", int8.SCHEMES, ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", int8.schemes(), ids=lambda scheme: scheme.name)
 def test_int8_keeps_most_answers_and_shrinks(scheme: int8.Scheme, pictures: Dataset) -> None:
     net = balanced(probe(1), pictures, GREY)
     model = onnx.export(net, GREY, CLASSES)
@@ -127,12 +131,28 @@ def test_int8_keeps_most_answers_and_shrinks(scheme: int8.Scheme, pictures: Data
     assert max(len(node.output[0]) for node in quantised.graph.node) <= len("probabilities")
 
 
+def test_overflow_is_noticed_and_weights_of_seven_bits_avoid_it() -> None:
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8") if platform.machine() == "x86_64" else ""
+    if "flags" not in flags:
+        pytest.skip("only x86 has processors of both kinds, and Linux says which")
+    assert int8.overflows() == ("vnni" not in flags)
+    assert {scheme.weight_bits for scheme in int8.schemes()} == {7 if int8.overflows() else 8}
+    net = nn.Sequential(nn.Conv2d(1, 1, 28), nn.Flatten(), nn.Linear(1, 2)).eval()
+    for value in net.parameters():
+        nn.init.constant_(value, 0.001)
+    white = np.full((2, 28, 28, 1), 255, np.uint8)
+    model = onnx.export(net, Preprocess((28, 28), 1, (0.0,), (255.0,)), ("a", "b"))
+    seven = int8.quantise(model, white, replace(int8.SCHEMES[0], weight_bits=7))
+    weights = [numpy_helper.to_array(each) for each in seven.graph.initializer if each.data_type == TensorProto.INT8]
+    assert max(np.abs(each).max() for each in weights) == 64
+
+
 @pytest.mark.parametrize("name", ["shufflenet_v1_g3_cifar", "mobilenet_v1_cifar", "se_resnet20_cifar", "resnet8_cifar"])
 def test_int8_is_smaller_for_every_family(name: str) -> None:
     net = create_model(name, num_classes=3, in_chans=1, width=0.5, size=28).eval()
     model = onnx.export(net, GREY, CLASSES)
     pixels = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 1), dtype=np.uint8)
-    quantised = int8.quantise(model, pixels, int8.SCHEMES[0]).SerializeToString()
+    quantised = int8.quantise(model, pixels, int8.schemes()[0]).SerializeToString()
     assert len(quantised) < 0.5 * len(model.SerializeToString())
     answered = engine.load(quantised, 1)(pixels)
     np.testing.assert_allclose(answered.sum(axis=1), 1, atol=1e-5)

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from flyweight.compress.step import Context
-from flyweight.export.int8 import LAYERS, WEIGHT_LEVELS, Grid, grids, quantised_weights
+from flyweight.export.int8 import LAYERS, Grid, Scheme, grids, quantised_weights
 from flyweight.graph import INPUT, Graph, Node, trace
 from flyweight.train.loop import Clock, Trained, Training, train
 from flyweight.train.recipe import Recipe
@@ -48,10 +48,10 @@ def rounded(x: Tensor, grid: Grid) -> Tensor:
     return out
 
 
-def rounded_weight(weight: Tensor, per_channel: bool) -> Tensor:
-    """A kernel [out, …] on its symmetric grid of 255 values, one for each row or one for all."""
+def rounded_weight(weight: Tensor, scheme: Scheme) -> Tensor:
+    """A kernel [out, …] on its symmetric grid, one for each row or one for all."""
     most = weight.detach().flatten(1).abs().amax(1, keepdim=True).double()
-    scale = ((most if per_channel else most.amax()) / WEIGHT_LEVELS).to(weight.dtype)
+    scale = ((most if scheme.per_channel else most.amax()) / scheme.weight_levels).to(weight.dtype)
     scale = torch.where(scale == 0, 1, scale).view(-1, *[1] * (weight.ndim - 1))
     return weight + (torch.round(weight.detach() / scale) * scale - weight.detach())
 
@@ -63,8 +63,8 @@ class FakeQuantised(nn.Module):
     bits, are not rounded.
     """
 
-    def __init__(self, net: nn.Module, graph: Graph, grids: Mapping[str, Grid], layers: Mapping[str, bool]) -> None:
-        """`grids` by the name of a node or INPUT; `layers` by that of a layer: whether each channel has its scale."""
+    def __init__(self, net: nn.Module, graph: Graph, grids: Mapping[str, Grid], layers: Mapping[str, Scheme]) -> None:
+        """`grids` by the name of a node or INPUT; `layers`, how its weights are rounded, by that of a layer."""
         super().__init__()
         self.net, self.graph = net, graph
         self.grids, self.layers = dict(grids), dict(layers)
@@ -101,7 +101,7 @@ class FakeQuantised(nn.Module):
 
 
 def fake_quantised(
-    net: nn.Module, model: onnx.ModelProto, placed: onnx.ModelProto, names: Mapping[str, str], per_channel: bool
+    net: nn.Module, model: onnx.ModelProto, placed: onnx.ModelProto, names: Mapping[str, str], scheme: Scheme
 ) -> FakeQuantised:
     """A copy of a network with folded norms that rounds where, and as, its `placed` int8 model does.
 
@@ -117,7 +117,7 @@ def fake_quantised(
     for name in (INPUT, *(node.name for node in graph.nodes)):
         first.setdefault(names[name], name)  # an identity's output is its input: rounded once
     at = {first[value]: grid for value, grid in rounding.items() if value in first}
-    layers = {first[value]: per_channel for value, kernel in kernels.items() if kernel in weights}
+    layers = {first[value]: scheme for value, kernel in kernels.items() if kernel in weights}
     return FakeQuantised(own, graph, at, layers)
 
 

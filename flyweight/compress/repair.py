@@ -164,7 +164,7 @@ class Repair:
     seconds: float = float("inf")
     fine_tune: float = 0.0
     race: float = 0.5
-    schemes: tuple[int8.Scheme, ...] = int8.SCHEMES
+    schemes: tuple[int8.Scheme, ...] = field(default_factory=int8.schemes)
     temperature: float = 1.0
 
 
@@ -384,7 +384,7 @@ def _fine_tuned(search: _Search) -> Iterator[Way]:
 
 
 def _fake(way: Way) -> FakeQuantised:
-    return fake_quantised(way.form.net, way.form.model, way.placed(), way.form.names, way.scheme.per_channel)
+    return fake_quantised(way.form.net, way.form.model, way.placed(), way.form.names, way.scheme)
 
 
 def _until_held(search: _Search, ways: Callable[[int8.Scheme], Iterator[Way]]) -> Iterator[Way]:

@@ -7,10 +7,12 @@ import itertools
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 import onnx
+import onnxruntime
 from onnx import numpy_helper
 from onnxruntime.quantization import QDQQuantizer, QuantType
 from onnxruntime.quantization.calibrate import TensorData
@@ -23,7 +25,6 @@ LAYERS = ("Conv", "Gemm")
 # What is computed in int8, or passes its scale on.
 QUANTISED = [*LAYERS, "Add", "Concat", "Relu", "Clip", "MaxPool", "AveragePool", "GlobalAveragePool", "Reshape"]
 QUANTISED += ["Transpose", "Flatten"]
-WEIGHT_LEVELS = 127  # on each side of zero
 
 
 @dataclass(frozen=True)
@@ -31,23 +32,61 @@ class Scheme:
     """How numbers become 8 bits: one weight scale per output channel or per tensor, activations unsigned or signed.
 
     Weights are symmetric about zero; activations have a zero point of their own, unless they are `symmetric` as well.
+    Weights of 7 bits leave 16-bit sums of two products without overflow, which x86 processors without VNNI need.
     """
 
     per_channel: bool
     signed: bool
     symmetric: bool = False
+    weight_bits: int = 8
 
     @property
     def name(self) -> str:
         """For records and reports, such as "int8 per-channel u8"."""
         activations = ("s8" if self.signed else "u8") + " symmetric" * self.symmetric
-        return f"int8 per-{'channel' if self.per_channel else 'tensor'} {activations}"
+        weights = "" if self.weight_bits == 8 else f" w{self.weight_bits}"
+        return f"int8 per-{'channel' if self.per_channel else 'tensor'} {activations}{weights}"
+
+    @property
+    def weight_levels(self) -> int:
+        """How many values a weight can have on each side of zero, as ONNX Runtime's quantiser counts them."""
+        return 127 if self.weight_bits == 8 else 64
 
 
-# The same network runs several times faster or slower by this choice alone, depending on the CPU: all are measured.
+# The same network runs several times faster or slower by this choice alone, depending on the processor, so all are
+# measured; `schemes` are those of the processor at hand.
 SCHEMES = tuple(Scheme(per_channel, signed) for per_channel in (True, False) for signed in (False, True))
 # Symmetric activations give away half of their levels behind a ReLU, and are no faster here: some accelerators ask.
-NAMED = {scheme.name: scheme for scheme in (Scheme(*each) for each in itertools.product((True, False), repeat=3))}
+NAMED = {
+    scheme.name: scheme for scheme in itertools.starmap(Scheme, itertools.product(*[(True, False)] * 3, (8, 7)))
+}
+
+
+def schemes() -> tuple[Scheme, ...]:
+    """SCHEMES, with weights of 7 bits where this processor's products of 8 bits overflow."""
+    return tuple(replace(scheme, weight_bits=7) for scheme in SCHEMES) if overflows() else SCHEMES
+
+
+@cache
+def overflows() -> bool:
+    """Whether ONNX Runtime, on this processor, adds the products of large 8-bit values wrongly.
+
+    x86 without VNNI adds pairs of products in 16 bits, of which the largest is 2 · 255 · 127 > 2¹⁵.
+    """
+    taps = 8
+    types = numpy_helper.from_array(np.full((1, taps), 127, np.int8).T, "w"), np.uint8(0), np.int8(0)
+    ones = [numpy_helper.from_array(np.array(value), name) for value, name in zip(types[1:], "zt", strict=True)]
+    product = onnx.helper.make_node("MatMulInteger", ["x", "w", "z", "t"], ["y"])
+    ends = [
+        onnx.helper.make_tensor_value_info("x", onnx.TensorProto.UINT8, [1, taps]),
+        onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, [1, 1]),
+    ]
+    graph = onnx.helper.make_graph([product], "sum", ends[:1], ends[1:], [types[0], *ones])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    file = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString()
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    largest = np.full((1, taps), 255, np.uint8)
+    return int(np.asarray(session.run(None, {"x": largest})[0]).item()) != taps * 255 * 127
 
 
 def scheme_named(name: str) -> Scheme:
@@ -81,7 +120,7 @@ def placed(
         quantiser = QDQQuantizer(
             source,
             scheme.per_channel,
-            False,
+            scheme.weight_bits < 8,  # which the quantiser calls a reduced range
             QuantType.QInt8,
             QuantType.QInt8 if scheme.signed else QuantType.QUInt8,
             ends,

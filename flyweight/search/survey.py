@@ -55,7 +55,7 @@ def measure(
     net = build(candidate.spec).eval()
     preprocess = Preprocess.of(pictures)
     model = onnx.export(net, preprocess, classes)
-    files = [model.SerializeToString(), int8.quantise(model, pictures, int8.SCHEMES[0]).SerializeToString()]
+    files = [model.SerializeToString(), int8.quantise(model, pictures, int8.schemes()[0]).SerializeToString()]
     measured = latencies(files, pictures[:1], threads, MEASURE_SECONDS, rounds=3)
     candidate.size_bytes = min(len(data) for data in files)
     candidate.latency_ms = min(speed.p50 for speed in measured)
