@@ -1,8 +1,9 @@
 """The runtimes that can be measured, one file each: the directory is the registry. Nothing here needs torch.
 
-A runtime's file says `NAME`; `OPENS`, a suffix of a file → the suffixes of the files that belong to it; `NEEDS`, the
-modules that must be there; `EXTRA`, what of flyweight to install for them; and `start(exported, threads)`, which gives a
-function from uint8 [N, H, W, C] to probabilities float32 [N, classes].
+A runtime's file says `NAME`; `TARGET`, whose files it runs; `OPENS`, a suffix of a file → the suffixes of the files that belong to it; `NEEDS`, the
+modules that must be there; `EXTRA`, what of flyweight to install for them; and `start(exported, threads)`, which gives
+a function from uint8 [N, H, W, C] to probabilities float32 [N, classes]. Where modules are not all that is needed, it
+says `lack()` too: what is missing here, or None; where a file itself says what preprocess.json would, `stated(data)`.
 """
 
 import importlib
@@ -21,13 +22,19 @@ from flyweight.exported import Exported, read
 Run = Callable[[np.ndarray], np.ndarray]
 
 
-class Engine(Protocol):
-    """A runtime."""
+class Part(Protocol):
+    """What a runtime and an export target both say of themselves."""
 
     NAME: str
-    OPENS: Mapping[str, tuple[str, ...]]
     NEEDS: tuple[str, ...]
     EXTRA: str
+
+
+class Engine(Part, Protocol):
+    """A runtime."""
+
+    TARGET: str
+    OPENS: Mapping[str, tuple[str, ...]]
 
     @staticmethod
     def start(exported: Exported, threads: int) -> Run:
@@ -48,9 +55,15 @@ def missing(needs: tuple[str, ...], extra: str) -> str | None:
     return None if absent is None else f"{absent} is not installed: pip install 'flyweight[{extra}]'"
 
 
+def lacking(part: Part) -> str | None:
+    """What a runtime or an export target needs and does not find here, with the remedy; None where it can be used."""
+    own: Callable[[], str | None] = getattr(part, "lack", lambda: None)
+    return missing(part.NEEDS, part.EXTRA) or own()
+
+
 def installed() -> dict[str, Engine]:
     """The runtimes that can be used here, by name."""
-    return {name: each for name, each in engines().items() if missing(each.NEEDS, each.EXTRA) is None}
+    return {name: each for name, each in engines().items() if lacking(each) is None}
 
 
 def engine(name: str) -> Engine:
@@ -58,7 +71,7 @@ def engine(name: str) -> Engine:
     if name not in engines():
         raise UsageError(f"there is no engine {name!r}; there are {', '.join(engines())}")
     found = engines()[name]
-    if lack := missing(found.NEEDS, found.EXTRA):
+    if lack := lacking(found):
         raise UsageError(f"the engine {name} cannot be used: {lack}")
     return found
 
@@ -75,4 +88,4 @@ def opening(path: Path) -> dict[str, Engine]:
 def read_export(path: Path) -> Exported:
     """The export whose first file is at `path`, with the files that belong to it. Raises UsageError."""
     opener = next(iter(opening(path).values()))
-    return read(path, opener.OPENS[path.suffix])
+    return read(path, opener.OPENS[path.suffix], getattr(opener, "stated", None))
