@@ -29,7 +29,7 @@ READY = b"ready"
 def lack() -> str | None:
     """What of node and npm's onnxruntime-web is not here, or None where all is."""
     if shutil.which("node") is None:
-        return "node is not here: install Node.js 20 or newer"
+        return "node is not here: install Node.js"
     if reason := web.lack():
         return reason
     runtime = web.runtime().resolve()

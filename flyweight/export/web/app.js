@@ -72,21 +72,22 @@ async function answer(file) {
   const bitmap = await createImageBitmap(file, asStored).catch(() => null);
   if (!bitmap) return say(`${file.name} is no picture that this browser can read: choose another one.`, "error");
   show(bitmap, file.name);
-  const { run, classes, preprocess } = await network;
+  const { run, classes, preprocess: { size, channels } } = await network;
   await new Promise((painted) => setTimeout(painted)); // what follows keeps the page from painting
   const start = performance.now();
-  const image = resized(pixels(bitmap, preprocess.channels), [bitmap.height, bitmap.width], preprocess.size, preprocess.channels);
+  const image = resized(pixels(bitmap, channels), [bitmap.height, bitmap.width], size, channels);
   const ready = performance.now();
   const { probabilities } = await run(image);
   const end = performance.now();
   list(probabilities.data, classes);
-  say(`Answered in ${Math.round(end - ready)} ms, after ${Math.round(ready - start)} ms for pixels.`);
+  say(`Answered in ${Math.round(end - ready)} ms, scaled in ${Math.round(ready - start)} ms.`);
 }
 
 let work = Promise.resolve(); // one picture after the other
-const take = (files) => {
-  if (files.length) work = work.then(() => answer(files[0])).catch((error) => say(`That failed: ${error.message}`, "error"));
-};
+function take([file]) {
+  if (!file) return;
+  work = work.then(() => answer(file)).catch(({ message }) => say(`That failed: ${message}`, "error"));
+}
 
 element("threads").textContent = threads === 1 ? "1 thread" : `${threads} threads`;
 say("Loading the network …");
@@ -97,7 +98,7 @@ network.then(
 );
 for (const id of ["file", "camera"]) {
   element(id).addEventListener("change", ({ target }) => {
-    take([...target.files]);
+    take(target.files);
     target.value = ""; // so that the same file can be chosen again
   });
 }

@@ -17,7 +17,7 @@ function windows(from, to) {
   });
 }
 
-/** uint8 [outer, from, inner] → [outer, to, inner], rounded; the weights' sum is 2^BITS, so that nothing overflows. */
+/** uint8 [outer, from, inner] → [outer, to, inner], rounded; weights add up to 2^BITS, so that nothing overflows. */
 function along(pixels, outer, from, inner, to) {
   if (from === to) return pixels;
   const out = new Uint8Array(outer * to * inner);
