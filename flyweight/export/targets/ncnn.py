@@ -23,11 +23,13 @@ from flyweight.graph import INPUT, GraphError, Node
 NAME = "ncnn"
 ENGINE = "ncnn"
 INT8 = True
+QUICK = True
 NEEDS = ()
 EXTRA = "ncnn"
 
 MAGIC = 7767517
 LEVELS = 127  # on each side of zero, of weights and of values
+NOTHING = 1e-20  # where scales, or the product of two, would leave float32
 FLOAT_TAG, INT8_TAG = 0, 0x000D4B38
 INT8_TERM, ACTIVATION, ACTIVATION_VALUES = 8, 9, 10  # parameters of the layers with weights
 IN_INT8, GIVES_INT8 = 2, 102  # what INT8_TERM can be, besides absent
@@ -137,8 +139,8 @@ def _tagged(weight: np.ndarray) -> bytes:
 
 
 def _scales(largest: np.ndarray) -> np.ndarray:
-    """127 / largest, 1 where all is zero."""
-    return np.where(largest > 0, LEVELS / np.where(largest > 0, largest, 1), 1).astype(np.float32)
+    """127 / largest, 1 where all is as good as zero."""
+    return (LEVELS / np.where(largest > NOTHING, largest, LEVELS)).astype(np.float32)
 
 
 Rule = Callable[[Writer, Any, Node, list[str]], str]
