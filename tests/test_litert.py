@@ -207,6 +207,14 @@ def test_every_leaf_answers_in_int8(name: str) -> None:
     checked_int8(made(name), Preprocess((15, 18), 3, *SHARED), 0.015)
 
 
+@pytest.mark.parametrize("name", sorted(LEAVES.keys() - {"group norm", "adaptive, uneven"}))
+def test_leaves_stay_in_int8(name: str) -> None:
+    """Only the picture and the logits are dequantised."""
+    preprocess = Preprocess((15, 18), 3, *SHARED)
+    task = Task(made(name), preprocess, CLASSES).quantised(int8.SCHEMES[0], noise(preprocess))
+    assert operations(task).count("DEQUANTIZE") == 2
+
+
 @pytest.mark.parametrize("name", ["squeezenet1_0", "resnet18", "inception_resnet_v1", "se_resnet20_cifar", "nin"])
 def test_a_whole_network_answers_in_int8(name: str) -> None:
     net = small(name)
