@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flyweight.bench.engines import engine, lacking, onnxruntime_web, read_export
+from flyweight.bench.engines import Run, engine, lacking, onnxruntime_web, read_export
 from flyweight.classifier import Classifier
 from flyweight.create import create_model
 from flyweight.errors import FlyweightError, UsageError
@@ -229,6 +230,12 @@ def wasm() -> Any:
     return engine("onnxruntime-web")
 
 
+@cache
+def in_wasm(file: Path) -> Run:
+    """One process for each file."""
+    return engine("onnxruntime-web").start(read_export(file), 1)
+
+
 def expected(folder: Path, path: Path) -> dict[str, float]:
     """Probabilities by class: predict's in float32; int8 is rounded otherwise in WebAssembly, so there the engine's."""
     file = next(folder.glob("model*.onnx"))
@@ -236,7 +243,7 @@ def expected(folder: Path, path: Path) -> dict[str, float]:
     if exported.format == "float32":
         answers = classifier.predict_proba(path)[0]
     else:
-        answers = engine("onnxruntime-web").start(exported, 1)(exported.preprocess.pixels(path)[None])[0]
+        answers = in_wasm(file)(exported.preprocess.pixels(path)[None])[0]
     return dict(zip(CLASSES, map(float, answers), strict=True))
 
 
