@@ -3,7 +3,7 @@
 import math
 import platform
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,7 +105,7 @@ def default_path() -> Path:
 def profile_machine(request: Request, progress: Callable[[Mapping[str, Any]], None]) -> tuple[Table, list[Checked]]:
     """The table, and what became of the networks that are to be checked."""
     factor_nets, check_nets, rest = _divided(_pool(), request.check)
-    order = covering(counted(rest), MOST_KERNELS)
+    order = covering(shares(rest), MOST_KERNELS)
     parts: list[Part] = []
     checked: list[Checked] = []
     for i, meter in enumerate(meters := request.meters()):
@@ -160,13 +160,16 @@ def named(spec: Spec) -> str:
     return " ".join([spec.family, *told, f"@{spec.input[1]}"])
 
 
-def counted(specs: Iterable[Spec]) -> Counter[Kernel]:
-    """The kernels of networks, and how often they occur."""
-    found: Counter[Kernel] = Counter()
+def shares(specs: Iterable[Spec]) -> dict[Kernel, float]:
+    """The kernels of networks, and the share of a network's effort that they have, summed over the networks."""
+    found: dict[Kernel, float] = defaultdict(float)
     for spec in specs:
         with torch.device("meta"):
             net = structure(spec).eval()
-        found.update(kernels(trace(net, spec.input)))
+        own = kernels(trace(net, spec.input))
+        total = sum(kernel.effort for kernel in own)
+        for kernel in own:
+            found[kernel] += kernel.effort / total
     return found
 
 

@@ -1,7 +1,8 @@
 """The latency table: kernels of every network, a known machine recovered, files, and one real engine."""
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from flyweight.costs import graph_cost
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.export.task import Task
 from flyweight.graph import SHAPES, Graph, GraphError, trace
-from flyweight.profiling import Checked, counted, read_request, summary, task
+from flyweight.profiling import Checked, read_request, shares, summary, task
 from flyweight.zoo import list_models, spec_of, structure, usual_spec
 
 RATES = np.array([2e-3, 2e-8, 1e-7, 2e-7, 3e-7])  # ms for being called, a MAC, a value read and written, a weight
@@ -35,20 +36,26 @@ def law(kernel: Kernel) -> float:
     return float(work(kernel) @ RATES) * (3.0 if kernel.kind == "depthwise convolution" else 1.0)
 
 
+def unruly(kernel: Kernel) -> float:
+    """The same where channels that fill no block of 8 take half as long again, and some sizes suit better."""
+    ragged = any(shape[0] % 8 for shape in kernel.inputs)
+    return law(kernel) * (1.5 if ragged else 1.0) * math.exp(0.4 * math.sin(math.log(kernel.output[0])))
+
+
 class KnownMachine:
-    """A meter of that machine; in whole networks everything takes `slower` times as long."""
+    """A meter of such a machine; in whole networks everything takes `slower` times as long."""
 
     engine, format, threads, version = "known", "float32", 1, "1"
 
-    def __init__(self, slower: float = 1.0) -> None:
-        self.slower = slower
+    def __init__(self, law: Callable[[Kernel], float] = law, slower: float = 1.0) -> None:
+        self.law, self.slower = law, slower
 
     def kernel(self, kernel: Kernel) -> Timing:
-        return Timing(kernel, law(kernel), 0.0)
+        return Timing(kernel, self.law(kernel), 0.0)
 
     def nets(self, tasks: Sequence[Task]) -> Whole:
         whole = Whole(tasks, [])
-        whole.times = [[self.slower * sum(map(law, kernels(each.graph)))] for each in tasks]
+        whole.times = [[self.slower * sum(map(self.law, kernels(each.graph)))] for each in tasks]
         whole.round = lambda: None  # type: ignore[method-assign]
         return whole
 
@@ -94,13 +101,13 @@ def test_an_activation_joins_what_it_alone_reads() -> None:
 
 
 @pytest.fixture(scope="module")
-def counts() -> dict[Kernel, int]:
-    return counted(map(usual_spec, SOME))
+def spent() -> dict[Kernel, float]:
+    return shares(map(usual_spec, SOME))
 
 
-def test_a_probe_computes_its_kernel(counts: dict[Kernel, int]) -> None:
-    chosen = covering(counts, 60)
-    assert {each.kind for each in chosen} == {each.kind for each in counts}
+def test_a_probe_computes_its_kernel(spent: dict[Kernel, float]) -> None:
+    chosen = covering(spent, 60)
+    assert {each.kind for each in chosen} == {each.kind for each in spent}
     for kernel in chosen:
         with torch.device("meta"):
             whole, without = (trace(Probe(kernel, each), picture_shape(kernel)) for each in (True, False))
@@ -111,20 +118,23 @@ def test_a_probe_computes_its_kernel(counts: dict[Kernel, int]) -> None:
         assert any(type(node.leaf) is type(made) for node in whole.nodes)
 
 
-def test_a_known_machine_is_recovered(counts: dict[Kernel, int]) -> None:
-    order = covering(counts, 150)
-    part = profile(KnownMachine(), order, [], 60, silent)  # type: ignore[arg-type]
+@pytest.mark.parametrize(("own", "median", "most"), [(law, 0.01, 0.05), (unruly, 0.06, 0.25)])
+def test_a_known_machine_is_recovered(
+    spent: dict[Kernel, float], own: Callable[[Kernel], float], median: float, most: float
+) -> None:
+    order = covering(spent, 150)
+    part = profile(KnownMachine(own), order, [], 60, silent)  # type: ignore[arg-type]
     assert len(part.timings) == 150
-    left = [each for each in counts if each not in set(order)]
-    errors = [abs(part.predict([each]) / law(each) - 1) for each in left]
+    left = [each for each in spent if each not in set(order)]
+    errors = [abs(part.predict([each]) / own(each) - 1) for each in left]
     assert len(left) > 50
-    assert np.median(errors) < 0.01
-    assert np.quantile(errors, 0.9) < 0.05
+    assert np.median(errors) < median
+    assert np.quantile(errors, 0.9) < most
 
 
-def test_factors_correct_what_whole_networks_show(counts: dict[Kernel, int]) -> None:
+def test_factors_correct_what_whole_networks_show(spent: dict[Kernel, float]) -> None:
     nets = [task(spec_of(name, size=32, num_classes=10)) for name in SOME[:4]]
-    part = profile(KnownMachine(slower=1.5), covering(counts, 100), nets, 60, silent)  # type: ignore[arg-type]
+    part = profile(KnownMachine(slower=1.5), covering(spent, 100), nets, 60, silent)  # type: ignore[arg-type]
     graph = graph_of("resnet18")
     assert part.predict(kernels(graph)) / sum(map(law, kernels(graph))) == pytest.approx(1.5, abs=0.2)
     assert factors(part, [], []) == {}
@@ -137,8 +147,8 @@ def tiny(engine: str = "known") -> Table:
     )
 
 
-def test_a_table_is_carried_to_another_machine(tmp_path: Path, counts: dict[Kernel, int]) -> None:
-    part = profile(KnownMachine(), covering(counts, 80), [], 60, silent)  # type: ignore[arg-type]
+def test_a_table_is_carried_to_another_machine(tmp_path: Path, spent: dict[Kernel, float]) -> None:
+    part = profile(KnownMachine(), covering(spent, 80), [], 60, silent)  # type: ignore[arg-type]
     table = Table({"processor": "another"}, (part,))
     table.write(tmp_path / "deep" / "table.json")
     read = Table.read(tmp_path / "deep" / "table.json")
@@ -185,7 +195,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_real_engine_is_foretold_within_a_factor(format: str) -> None:
     spec = spec_of("resnet8_cifar", num_classes=10)
     meter = Meter("onnxruntime", format, 1)
-    part = profile(meter, counted([spec]), [], 60, silent)
+    part = profile(meter, shares([spec]), [], 60, silent)
     whole = meter.nets([task(spec)])
     whole.round()
     measured = whole.ms()[0]

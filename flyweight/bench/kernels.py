@@ -12,6 +12,7 @@ from flyweight.graph import INPUT, Graph, GraphError, Node, Shape
 
 Pair = tuple[int, int]
 PICTURE = "picture"  # what surrounds a network: the call of the engine, the pixels' normalisation, the softmax
+MOVED = 30  # multiply-accumulates that take about as long as reading or writing a value
 CONVOLUTIONS = ("convolution", "depthwise convolution", "grouped convolution")
 WEIGHTED = (*CONVOLUTIONS, "linear")
 FUSING = (*WEIGHTED, "add")
@@ -58,6 +59,11 @@ class Kernel:
         if self.kind not in WEIGHTED:
             return math.prod(self.window) * math.prod(self.output)
         return self.weights * math.prod(self.output[1:])
+
+    @property
+    def effort(self) -> int:
+        """What kernels of all kinds are compared by before any is measured, in multiply-accumulates, roughly."""
+        return self.macs + MOVED * sum(math.prod(shape) for shape in (*self.inputs, self.output))
 
 
 def kernels(graph: Graph) -> list[Kernel]:

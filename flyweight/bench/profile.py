@@ -6,7 +6,6 @@ network values come from the cache of the layer before, and layouts change on th
 
 import importlib.metadata
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +37,7 @@ LEAST_RUNS, MOST_RUNS = 7, 100
 CALIBRATION = 2  # pictures: only the speed of an int8 network is wanted
 TIES = 0.1  # how strongly a kind's factor is held to one, against the relative errors of whole networks
 LEAST_OF_KIND = 4
-MOVED = 30  # multiply-accumulates that take about as long as reading or writing a value
+FLAG = 2.0  # how far kernels are apart that differ in a flag, in powers of e of a size
 
 
 @dataclass(frozen=True)
@@ -223,45 +222,42 @@ def _pictures(shape: Shape, n: int) -> np.ndarray:
 
 def _interleaved(runs: Sequence[Run], picture: np.ndarray, seconds: float) -> Array:
     """Milliseconds [runs, n], one after the other in turn, for about so many seconds in all."""
-    first = [_timed(run, picture) for run in runs for _ in range(2)]
-    n = int(np.clip(1000 * seconds / sum(first[1::2]), LEAST_RUNS, MOST_RUNS))
+    first = [_timed(run, picture) for run in runs]
+    n = int(np.clip(500 * seconds / sum(first), LEAST_RUNS, MOST_RUNS))
     return np.array([[_timed(run, picture) for run in runs] for _ in range(n)]).T
 
 
 def _timed(run: Run, picture: np.ndarray) -> float:
+    """Milliseconds of a run that follows another of the same, whose values the caches still hold."""
+    run(picture)
     start = time.perf_counter()
     run(picture)
     return 1000 * (time.perf_counter() - start)
 
 
-def covering(counts: Mapping[Kernel, int], most: int) -> list[Kernel]:
-    """Up to `most` kernels, such that early ones stand for what networks spend their time in.
+def covering(shares: Mapping[Kernel, float], most: int) -> list[Kernel]:
+    """Up to `most` kernels, such that early ones stand for what networks spend their time in (`shares` of it).
 
-    A few of each kind come first, then kinds have shares as the roots of their work.
+    A few of each kind come first, then kinds have parts as the roots of their shares.
     """
     by_kind: dict[str, list[Kernel]] = defaultdict(list)
-    for kernel in counts:
+    for kernel in shares:
         by_kind[kernel.kind].append(kernel)
     due: list[tuple[float, Kernel]] = []
     for own in by_kind.values():
-        work = np.array([counts[each] * _work(each) for each in own])
-        spread = enumerate(_spread(own, work, most))
-        due += [((i + 1) / work.sum() ** 0.5 if i >= LEAST_OF_KIND else 0.0, each) for i, each in spread]
+        share = np.array([shares[each] for each in own])
+        spread = enumerate(_spread(own, share, most))
+        due += [((i + 1) / share.sum() ** 0.5 if i >= LEAST_OF_KIND else 0.0, each) for i, each in spread]
     return [kernel for _, kernel in sorted(due, key=lambda each: each[0])][:most]
 
 
-def _work(kernel: Kernel) -> float:
-    """What kernels of all kinds are compared by, roughly: a value moved counts as many multiplications."""
-    moved = sum(math.prod(shape) for shape in (*kernel.inputs, kernel.output))
-    return kernel.macs + MOVED * moved
-
-
-def _spread(every: Sequence[Kernel], work: Array, most: int) -> list[Kernel]:
-    """The next is always that whose distance to the nearest before it, times work^¼, is largest."""
-    places = np.array([np.concatenate(features(each)) for each in every])
+def _spread(every: Sequence[Kernel], share: Array, most: int) -> list[Kernel]:
+    """The next is always that whose distance to the nearest before it, times share^¼, is largest."""
+    sizes, flags = (np.array(each) for each in zip(*map(features, every), strict=True))
+    places = np.hstack([sizes, FLAG * flags])
     distance, chosen = np.ones(len(every)), []
     for i in range(min(most, len(every))):
-        next_one = int(np.argmax(distance * work**0.25))
+        next_one = int(np.argmax(distance * share**0.25))
         chosen.append(every[next_one])
         away = np.sqrt(((places - places[next_one]) ** 2).sum(1))
         distance = np.minimum(distance, away) if i else away

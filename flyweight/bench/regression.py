@@ -12,6 +12,7 @@ from flyweight.bench.kernels import ACTIVATIONS, Kernel
 Array = NDArray[np.floating]
 LEAST = 1e-4  # ms: below this a kernel's time is lost in the clock
 LENGTHS, FLAG_LENGTHS, NOISES = (1.0, 2.0, 4.0), (1.0, 3.0), (0.03, 0.1)
+SIZE_TREND, FLAG_TREND = 0.1, 0.4  # by which the logarithm may rise with that of a size, and for a flag
 BLOCKS = (4, 8, 16)  # channels that vector units and blocked layouts take at once
 
 
@@ -26,7 +27,8 @@ def features(kernel: Kernel) -> tuple[Array, Array]:
     channels, out = sum(shape[0] for shape in kernel.inputs), kernel.output[0]
     positions = [math.prod(shape[1:]) for shape in (kernel.inputs[0], kernel.output)]
     sizes = [channels, out, *positions, math.prod(kernel.window), kernel.groups, len(kernel.inputs)]
-    ragged = [any(shape[0] % block for shape in (*kernel.inputs, kernel.output)) for block in BLOCKS]
+    sides = kernel.inputs, (kernel.output,)
+    ragged = [any(shape[0] % block for shape in side) for side in sides for block in BLOCKS]
     flags = [*ragged, *(kernel.activation == name for name in ACTIVATIONS), kernel.dilation != (1, 1)]
     flags += [kernel.window[0] > kernel.window[1], kernel.window[0] < kernel.window[1]]
     return np.log(sizes), np.array(flags, float)
@@ -81,7 +83,9 @@ class Regression:
         """Matérn 3/2 between given kernels and the measured ones."""
         of_sizes, of_flags = squared_distances(sizes, self.sizes), squared_distances(flags, self.flags)
         distance = np.sqrt(3 * (of_sizes / lengths[0] ** 2 + of_flags / lengths[1] ** 2))
-        return self.spread * (1 + distance) * np.exp(-distance)
+        centre = self.sizes.mean(0)
+        trend = SIZE_TREND**2 * (sizes - centre) @ (self.sizes - centre).T + FLAG_TREND**2 * (1 + flags @ self.flags.T)
+        return trend + self.spread * (1 + distance) * np.exp(-distance)
 
     def predict(self, kernels: Sequence[Kernel]) -> Array:
         """Milliseconds of each."""
