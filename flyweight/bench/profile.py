@@ -269,8 +269,8 @@ Progress = Callable[[float], None]
 
 def profile(meter: Meter, chosen: Iterable[Kernel], nets: Sequence[Task], seconds: float, progress: Progress) -> Part:
     """A part from as many of the chosen kernels as the seconds allow, and factors from whole networks."""
-    begun, done = time.monotonic(), 0
     whole = meter.nets(nets)
+    begun, done = time.monotonic(), 0  # without the networks' building, which would leave short times no kernel
     timings: list[Timing] = []
     for kernel in chosen:
         spent = (time.monotonic() - begun) / seconds
