@@ -1,11 +1,12 @@
 """An ONNX file that flyweight wrote as a classifier. Needs onnxruntime, numpy and pillow, not torch."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from flyweight.bench.engines import Engine, lacking, opening, read_export
+from flyweight.bench.engines import engine as engine_named
 from flyweight.bench.engines import onnxruntime as engine
 from flyweight.data.images import ImageSource
 from flyweight.errors import FlyweightError, UsageError
@@ -25,13 +26,12 @@ class Classifier:
             raise UsageError(f"{path} does not exist: check the path") from None
         except Exception as error:  # onnxruntime raises its own classes, one for each way to be no model
             raise FlyweightError(f"{path} is no ONNX model that can be run: {_first_line(error)}") from error
-        metadata = self._session.get_modelmeta().custom_metadata_map
-        if "classes" not in metadata or "preprocess" not in metadata:
-            raise UsageError(
-                f"{path} lacks the metadata 'classes' and 'preprocess', so it was not written by flyweight"
-            )
-        self.classes: tuple[str, ...] = tuple(json.loads(metadata["classes"]))
-        self.preprocess = Preprocess.from_json(json.loads(metadata["preprocess"]))
+        self.preprocess: Preprocess
+        self.classes: tuple[str, ...]
+        try:
+            self.preprocess, self.classes = engine.stated_by(self._session)
+        except UsageError as error:
+            raise UsageError(f"{path}: {error}") from None
 
     def predict_proba(self, images: ImageSource | Sequence[ImageSource]) -> np.ndarray:
         """Probabilities float32 [N, classes] of pictures: paths, encoded bytes, Pillow images or uint8 [H, W, C].
@@ -55,6 +55,28 @@ class Classifier:
     def predict(self, images: ImageSource | Sequence[ImageSource]) -> list[str]:
         """The most probable class of each picture."""
         return [self.classes[i] for i in self.predict_proba(images).argmax(axis=1)]
+
+
+class ExportedClassifier(Classifier):
+    """The same of a file for another runtime, which must be installed."""
+
+    def __init__(self, path: Path, threads: int = 1, engine: str = "") -> None:
+        """`engine` by its name; without one the first that opens such a file and is installed."""
+        self.path = path
+        exported = read_export(path)
+        self.classes, self.preprocess = exported.classes, exported.preprocess
+        self._run = chosen(path, engine).start(exported, threads)
+
+    def answers(self, pixels: np.ndarray) -> np.ndarray:
+        return self._run(pixels)
+
+
+def chosen(path: Path, name: str) -> Engine:
+    """The engine of a name, or the first that opens a file here. Raises UsageError where none is installed."""
+    if name:
+        return engine_named(name)
+    openers = opening(path)
+    return next((each for each in openers.values() if lacking(each) is None), None) or engine_named(next(iter(openers)))
 
 
 def _listed(images: ImageSource | Sequence[ImageSource]) -> list[ImageSource]:

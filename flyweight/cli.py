@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from flyweight import __version__
+from flyweight import __version__, cli_runtimes
 from flyweight.errors import BudgetNotMet, FlyweightError, Interrupted, UsageError
 
 if TYPE_CHECKING:
@@ -97,6 +97,13 @@ def fit(
             "By default cached ones, without the network.",
         ),
     ] = None,
+    engine: Annotated[
+        str, typer.Option(help="The runtime to ship for, such as openvino; auto: the fastest of those installed.")
+    ] = "onnxruntime",
+    device: Annotated[
+        Path | None,
+        typer.Option(help="Budget for another machine: the latency table that flyweight profile made there."),
+    ] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show candidates and plan; train nothing.")] = False,
     skip_corrupt: Annotated[
@@ -127,8 +134,9 @@ def fit(
                 run = fitting.resume(resume, progress.listen)
             else:
                 assert data is not None
+                told = progress.listen
                 run = fitting.fit(
-                    data, budget or (), time, out, threads, seed, skip_corrupt, progress.listen, pretrained
+                    data, budget or (), time, out, threads, seed, skip_corrupt, told, pretrained, engine, device
                 )
         except Interrupted as stop:
             _fail(str(stop), stop.exit_code)
@@ -571,6 +579,31 @@ def _lines(path: Path) -> list[str]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as text: {error}") from error
 
+
+@app.command()
+def profile(
+    engines: Annotated[str, typer.Option(help="With commas; by default the installed that export quickly.")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of cores, with commas.")] = "1",
+    formats: Annotated[str, typer.Option(help="With commas: float32, int8.")] = "float32,int8",
+    time: Annotated[str, typer.Option(help="For each engine, format and number of threads.")] = "3m",
+    out: Annotated[Path | None, typer.Option(help="By default profile-<machine>.json in the cache folder.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Measure 40 networks that it was made without.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine's latency table, from which a network's latency is predicted here and elsewhere."""
+    from flyweight.profiling import CHECK_NETS, default_path, profile_machine, read_request
+    from flyweight.terminal import Progress, show_profile
+
+    request = read_request(engines, formats, threads, time, CHECK_NETS if check else 0)
+    with Progress(quiet=as_json) as progress:
+        table, checked = profile_machine(request, progress.listen)
+    path = out or default_path()
+    table.write(path)
+    show_profile(path, table, checked, as_json)
+
+
+for verb in (cli_runtimes.export, cli_runtimes.bench):
+    app.command()(verb)
 
 weights = typer.Typer(no_args_is_help=True, help="Take weights from other libraries, and give them back.")
 app.add_typer(weights, name="weights")

@@ -13,7 +13,7 @@ from flyweight.bench.measure import latency
 from flyweight.compress.cluster import Cluster
 from flyweight.compress.estimate import SPARE, clustered_bytes
 from flyweight.compress.pack import contents_of, pack
-from flyweight.compress.precision import FLOAT, PACKED
+from flyweight.compress.precision import PACKED
 from flyweight.compress.prune import Prune
 from flyweight.compress.sparsify import Sparsify
 from flyweight.compress.step import Context, Step, compress, repair_recipe
@@ -22,6 +22,7 @@ from flyweight.data import Splits, open_source, prepare
 from flyweight.errors import FlyweightError, ParityError, UsageError
 from flyweight.export import onnx
 from flyweight.export.verify import answers, compare, temperature
+from flyweight.exported import FLOAT
 from flyweight.job import FILE, Stopwatch, guarded, new_folder
 from flyweight.net import Net
 from flyweight.packed.container import read

@@ -1,7 +1,7 @@
 """A classifier as the files that a runtime opens: what export targets make and engines load. Needs no torch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,22 +69,29 @@ def stem(format: str) -> str:
     return "model" if format == FLOAT else f"model{INT8_MARK}"
 
 
-def read(path: Path, beside: tuple[str, ...] = ()) -> Exported:
+Stated = tuple[Preprocess, tuple[str, ...]]
+
+
+def read(path: Path, beside: tuple[str, ...] = (), stated: Callable[[bytes], Stated] | None = None) -> Exported:
     """The export whose first file is at `path`; `beside` are the suffixes of the files that belong to it.
 
-    Raises UsageError where a file is missing, FlyweightError where preprocess.json is damaged.
+    Where no preprocess.json lies there, `stated` finds what it would say in the file itself. Raises UsageError where a
+    file is missing, FlyweightError where preprocess.json is damaged.
     """
     files: dict[str, bytes] = {}
     for part in (path, *(path.with_suffix(suffix) for suffix in beside)):
         if not part.is_file():
             raise UsageError(f"{part} does not exist: check the path")
         files[part.name] = part.read_bytes()
-    preprocess, classes = _contract(path)
+    if stated is not None and not path.with_name(CONTRACT).exists():
+        preprocess, classes = stated(files[path.name])
+    else:
+        preprocess, classes = _contract(path)
     format = "int8" if path.stem.endswith(INT8_MARK) else FLOAT
     return Exported(path.suffix.removeprefix("."), format, files, preprocess, classes)
 
 
-def _contract(path: Path) -> tuple[Preprocess, tuple[str, ...]]:
+def _contract(path: Path) -> Stated:
     beside = path.with_name(CONTRACT)
     if not beside.is_file():
         raise UsageError(f"{beside} does not exist: flyweight export writes it beside {path.name}")

@@ -14,6 +14,7 @@ from flyweight.job import FILE, Job, Stopwatch, check_free, guarded, load, new_f
 from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.run import Run
 from flyweight.search.budget import Budget, parse_time
+from flyweight.search.meter import DEFAULT, Elsewhere, engines_for
 from flyweight.search.space import Candidate, input_sizes, pretrained_size
 from flyweight.search.strategy import Rung
 from flyweight.search.supply import AUTO, FETCH_SHARE, NONE, suits, supply
@@ -33,6 +34,8 @@ def fit(
     skip_corrupt: bool = False,
     listener: Listener | None = None,
     pretrained: str | Path | None = None,
+    engine: str = DEFAULT,
+    device: str | Path | None = None,
 ) -> Run:
     """Trains, compresses, exports, verifies and measures the best classifier of `data` within `budget`.
 
@@ -41,13 +44,16 @@ def fit(
     job: seconds or "10m". The run's folder (docs/run-folder.md) is `out`, by default runs/<data>-<time>; `listener` is
     told of each record as it is made. `pretrained` adds candidates that start from weights: of a model.safetensors, or
     with "auto" published ones, where none are cached downloaded; "none" adds nothing, and by default those that are
-    cached serve (docs/weights.md).
+    cached serve (docs/weights.md). `engine` is the runtime to budget and to ship for, or "auto" for the fastest of
+    those that are installed; `device` the latency table of another machine, from `flyweight profile` there, to budget
+    for.
 
     A budget that no candidate meets is no error here: the nearest is shipped and `Run.met` is false. Raises UsageError
     (a bad budget, a missing path), DataError (the data is refused), ParityError (the export answers otherwise than the
     network).
     """
     job = _job(data, budget, time, threads, seed, skip_corrupt, pretrained)
+    job = _targeted(job, engine, device)
     if out is not None:
         check_free(Path(out))
     watch = Stopwatch()
@@ -136,6 +142,17 @@ def _job(
     command = shlex.join(words + ["--skip-corrupt"] * skip_corrupt)
     asked = options.get("pretrained")
     return Job(absolute(data), text, seconds, threads, seed, skip_corrupt, __version__, command, asked)
+
+
+def _targeted(job: Job, engine: str, device: str | Path | None) -> Job:
+    """The job with what it ships for. Raises UsageError where that cannot be had."""
+    engines_for(engine)
+    words = [] if engine == DEFAULT else ["--engine", engine]
+    if device is not None:
+        device = str(Path(device).absolute())
+        Elsewhere.on(Path(device), engine, job.threads)
+        words += ["--device", device]
+    return replace(job, engine=engine, device=device, command=shlex.join([*shlex.split(job.command), *words]))
 
 
 def _supplied(job: Job, source: Source) -> Job:

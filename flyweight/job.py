@@ -30,6 +30,8 @@ class Job:
     version: str
     command: str
     pretrained: str | None = None
+    engine: str = "onnxruntime"
+    device: str | None = None
     weights: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     verb: str = "fit"

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from flyweight.classifier import Classifier
+from flyweight.classifier import Classifier, ExportedClassifier
 from flyweight.data.images import ImageSource
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.packed import SUFFIX, open_packed
@@ -34,7 +34,8 @@ class Run:
     @cached_property
     def classifier(self) -> Classifier:
         """The classifier that the run shipped."""
-        return open_classifier(self.folder / self.result["shipped"]["file"], self.result["threads"])
+        shipped = self.result["shipped"]
+        return open_classifier(self.folder / shipped["file"], self.result["threads"], shipped.get("engine", ""))
 
     @property
     def met(self) -> bool:
@@ -62,11 +63,13 @@ def load(path: str | Path) -> Run:
 
 
 def classifier(path: str | Path) -> Classifier:
-    """The classifier of a run's folder, of an ONNX file or of a packed file."""
+    """The classifier of a run's folder, of an exported file or of a packed file."""
     path = Path(path)
-    return open_classifier(path) if path.suffix in (".onnx", SUFFIX) else load(path).classifier
+    return open_classifier(path) if path.suffix and not path.is_dir() else load(path).classifier
 
 
-def open_classifier(path: Path, threads: int = 1) -> Classifier:
-    """That in an ONNX file or in a packed one."""
-    return open_packed(path, threads) if path.suffix == SUFFIX else Classifier(path, threads)
+def open_classifier(path: Path, threads: int = 1, engine: str = "") -> Classifier:
+    """That in an ONNX file, in a packed one or in one for another runtime, run by the engine of a name."""
+    if path.suffix == SUFFIX:
+        return open_packed(path, threads)
+    return Classifier(path, threads) if path.suffix == ".onnx" else ExportedClassifier(path, threads, engine)

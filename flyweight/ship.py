@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from flyweight import __version__
+from flyweight.exported import CONTRACT, Exported
 from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.timm_models import config
@@ -52,6 +53,15 @@ def write_model(folder: Path, model: bytes, form: str, packed: bytes | None) -> 
         write_atomically(folder / "model.fly", packed)
     name, data = ("model.onnx", model) if packed is None else ("model.fly", packed)
     return {"file": name, "format": form, "size_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def write_export(folder: Path, exported: Exported) -> dict[str, Any]:
+    """Writes what ships for another runtime than ONNX Runtime beside model.onnx; the `shipped` entry of result.json."""
+    for name, data in {**exported.files, CONTRACT: exported.contract()}.items():
+        write_atomically(folder / name, data)
+    digest = hashlib.sha256(b"".join(exported.files.values())).hexdigest()
+    about = {"file": exported.name, "format": exported.format, "size_bytes": exported.size, "sha256": digest}
+    return about | {"files": list(exported.files)}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

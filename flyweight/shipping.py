@@ -1,32 +1,46 @@
 """The last stages of the main job: what ships is compressed, verified, measured and written."""
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from flyweight import __version__
+from flyweight.bench.card import FILE as CARD
+from flyweight.bench.card import card
+from flyweight.bench.engines import Run
 from flyweight.bench.engines import onnxruntime as engine
-from flyweight.bench.measure import latency
+from flyweight.bench.measure import Latency, latency
+from flyweight.bench.peak import peaks
+from flyweight.bench.race import Entry, Runner, Timing, race
 from flyweight.compress.cluster import Cluster
 from flyweight.compress.estimate import SPARE
 from flyweight.compress.pack import contents_of, contents_of_onnx, pack
-from flyweight.compress.precision import CLOSE, FLOAT, PACKED, Variant, best, choose
-from flyweight.compress.repair import Attempt, Repair, repair
+from flyweight.compress.precision import CLOSE, PACKED, Variant, best, choose, measures, value_bytes
+from flyweight.compress.repair import Attempt, Repair, Repaired, repair
 from flyweight.compress.step import Context, repair_recipe
 from flyweight.compress.step import compress as compressed
 from flyweight.costs import NetCost, cost
 from flyweight.errors import FlyweightError
 from flyweight.export import onnx
-from flyweight.export.verify import Parity, answers, compare, prepared_answers, temperature, wilson
+from flyweight.export.task import Task
+from flyweight.export.verify import Parity, answers, compare, gate, prepared_answers, temperature, wilson
+from flyweight.exported import FLOAT
+from flyweight.exporting import Subject
 from flyweight.mistakes import worst_mistakes
 from flyweight.net import Net
 from flyweight.packed.container import read
 from flyweight.preprocess import Preprocess
+from flyweight.racing import raced
 from flyweight.records import Records
 from flyweight.report import write_report
+from flyweight.search.meter import DEFAULT
 from flyweight.search.space import Candidate
-from flyweight.ship import write_card, write_json, write_model, write_network
+from flyweight.ship import write_card, write_export, write_json, write_model, write_network
 from flyweight.stages import Work, data_summary, needed, rungs
 from flyweight.train.loop import logits
 from flyweight.train.platform import cores
@@ -40,14 +54,20 @@ INT8_SHARE, REPAIR_SHARE = 0.3, 0.6
 
 
 def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Net, Variant, NetCost]:
-    """The network, what ships of it, its cost: in the best precision; packed, and clustered, where it must be small."""
+    """The network, what ships of it, its cost: in the best precision, for the fastest of the engines.
+
+    Packed, and clustered, where it must be small.
+    """
     counted = cost(net)
-    variants = _precisions(work, net, preprocess, counted)
+    subject, repaired = _repaired(work, net, preprocess)
+    variants = [_variant(work, each, subject, counted) for each in repaired.attempts]
     small: Net | None = None
-    if _too_large(work, variants):
+    if work.engines != (DEFAULT,) or work.device:
+        variants = raced(work, subject, repaired, variants, counted)
+    if DEFAULT in work.engines and _too_large(work, variants):
         int8 = best([each for each in variants if each.format != FLOAT and each.agrees])
         variants += [] if int8 is None else [_packed(work, int8)]
-    if _too_large(work, variants):
+    if DEFAULT in work.engines and _too_large(work, variants):
         try:
             small = _clustered(work, net, preprocess)
             variants.append(_packed_network(work, small, preprocess, counted))
@@ -60,7 +80,7 @@ def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Net, Variant
     return small if small is not None and shipped is variants[-1] else net, shipped, counted
 
 
-def _precisions(work: Work, net: Net, preprocess: Preprocess, counted: NetCost) -> list[Variant]:
+def _repaired(work: Work, net: Net, preprocess: Preprocess) -> tuple[Subject, Repaired]:
     """The network in float32 and by each int8 scheme, repaired where the fastest of them loses too much."""
     outputs = logits(net, work.splits.validation, preprocess).numpy()
     labels, context = work.splits.validation.labels, _context(work, net, preprocess)
@@ -73,13 +93,15 @@ def _precisions(work: Work, net: Net, preprocess: Preprocess, counted: NetCost) 
         temperature=temperature(outputs, labels),
     )
     work.records.progress("quantising", 0.0)
-    attempts = repair(net, context, settings).attempts
-    return [_variant(work, each, outputs.argmax(axis=1), counted) for each in attempts]
+    task = Task(net, preprocess, work.splits.train.classes, settings.temperature)
+    subject = Subject(task, work.splits.train, work.splits.validation, work.job.seed)
+    return subject, repair(net, context, settings)
 
 
-def _variant(work: Work, attempt: Attempt, answered: np.ndarray, counted: NetCost) -> Variant:
+def _variant(work: Work, attempt: Attempt, subject: Subject, counted: NetCost) -> Variant:
     """A file, against what the network answers on the validation pictures."""
-    parity = compare(answered, attempt.answered, work.splits.validation.labels, attempt.name == FLOAT)
+    answered, labels = subject.reference.argmax(axis=1), work.splits.validation.labels
+    parity = compare(answered, attempt.answered, labels, attempt.name == FLOAT)
     measured = measures(counted, attempt.name, len(attempt.model), attempt.latency.p50, attempt.val_top1)
     excess = work.budget.excess(measured)
     return Variant(attempt.name, attempt.model, attempt.latency, attempt.val_top1, measured, excess, parity.passed)
@@ -112,7 +134,7 @@ def _context(work: Work, net: Net, preprocess: Preprocess) -> Context:
 def _too_large(work: Work, variants: list[Variant]) -> bool:
     """Whether the budget limits the size, and nothing that may ship keeps to it."""
     limit = work.budget.limit("size")
-    return limit is not None and not any(limit.met(len(each.file)) for each in variants if each.agrees)
+    return limit is not None and not any(limit.met(each.size) for each in variants if each.agrees)
 
 
 def _packed(work: Work, variant: Variant) -> Variant:
@@ -146,33 +168,27 @@ def _packed_network(work: Work, net: Net, preprocess: Preprocess, counted: NetCo
     return _as_packed(work, variant, packed, f"{FLOAT}, clustered, {PACKED}")
 
 
-def measures(counted: NetCost, precision: str, size: int, milliseconds: float, accuracy: float) -> dict[str, float]:
-    """The values of an exported file under the names of budget limits."""
-    return {
-        "latency": milliseconds,
-        "size": size,
-        "memory": counted.memory_bytes(value_bytes(precision)),
-        "macs": counted.macs,
-        "params": counted.params,
-        "accuracy": accuracy,
-    }
-
-
-def value_bytes(precision: str) -> int:
-    """Bytes of one weight or activation while it runs."""
-    return 4 if precision.startswith(FLOAT) else 1
-
-
 def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Parity:
     """The parity gate over all validation pictures, read anew from their sources."""
     validation = work.splits.validation
-    reference = logits(net, validation, preprocess).argmax(dim=1).numpy()
-    model = read(shipped.packed).onnx() if shipped.packed else shipped.model
-    exported = answers(engine.load(model, cores()), validation, preprocess).argmax(axis=1)
-    parity = compare(reference, exported, validation.labels, shipped.format.startswith(FLOAT))
+    reference = logits(net, validation, preprocess).softmax(1).numpy()
+    with _running(shipped) as run:
+        exported = answers(run, validation, preprocess)
+    parity = gate(reference, exported, validation, shipped.format.startswith(FLOAT))
     work.records.write("parity", **parity.to_json())
     work.watch.ends("verify")
     return parity
+
+
+@contextmanager
+def _running(shipped: Variant) -> Iterator[Run]:
+    """What ships, as it will be opened, answering pictures."""
+    if shipped.exported is None:
+        yield engine.load(read(shipped.packed).onnx() if shipped.packed else shipped.model, cores())
+        return
+    entry = Entry(shipped.latency.engine, shipped.exported, cores())
+    with tempfile.TemporaryDirectory() as folder, Runner(entry, Path(folder)) as run:
+        yield run
 
 
 def finish(
@@ -186,13 +202,15 @@ def finish(
 ) -> None:
     """Scores the test pictures once, with the shipped file alone; writes what the run leaves."""
     entry = write_model(work.folder, shipped.model, shipped.format, shipped.packed)
+    if shipped.exported is not None:
+        entry = write_export(work.folder, shipped.exported)
+    entry["engine"] = shipped.latency.engine
     write_network(work.folder, net, winner.name, preprocess, work.splits.train.classes)
     tested = _test(work, preprocess, shipped)
     work.watch.ends("verify")
     _record_layers(work, counted, shipped.format)
-    pixels = work.splits.validation.batch(preprocess.size[0], [0])
-    speed = latency(shipped.model, pixels, work.job.threads, FINAL_SECONDS)
-    measured = measures(counted, shipped.format, len(shipped.file), speed.p50, shipped.val_top1)
+    speed = _final_latency(work, shipped, preprocess)
+    measured = measures(counted, shipped.format, shipped.size, speed.p50, shipped.val_top1)
     verdict = work.budget.check(measured)
     work.watch.ends("compress")
     result: dict[str, Any] = {
@@ -222,9 +240,30 @@ def finish(
         "seed": work.job.seed,
         "threads": work.job.threads,
     }
+    _write_cost_card(work, counted, shipped, speed)
     write_card(work.folder, result)
     write_json(work.folder / "result.json", result)
     write_report(work.folder)
+
+
+def _final_latency(work: Work, shipped: Variant, preprocess: Preprocess) -> Latency:
+    """Of what ships, measured alone and for longer; for another machine what its table says."""
+    pixels = work.splits.validation.batch(preprocess.size[0], [0])
+    if work.device is not None:
+        return shipped.latency
+    if shipped.exported is None:
+        return latency(shipped.model, pixels, work.job.threads, FINAL_SECONDS)
+    alone = Entry(shipped.latency.engine, shipped.exported, work.job.threads)
+    return race([alone], pixels, FINAL_SECONDS)[0].latency()
+
+
+def _write_cost_card(work: Work, counted: NetCost, shipped: Variant, speed: Latency) -> None:
+    """card.json: of everything that was raced, or of what ships alone."""
+    timings = [Timing.from_json(record) for record in work.records.all("engine")]
+    if not timings:
+        about = (speed.engine, "onnx", shipped.format, speed.threads, shipped.size)
+        timings = [Timing(*about, speed.p50, speed.p95, speed.p99, speed.n)]
+    write_json(work.folder / CARD, card(counted, timings, {work.job.threads: peaks(work.job.threads)}))
 
 
 def _teacher(records: Records) -> dict[str, Any] | None:
@@ -237,7 +276,8 @@ def _teacher(records: Records) -> dict[str, Any] | None:
 def _test(work: Work, preprocess: Preprocess, shipped: Variant) -> dict[str, Any]:
     """`test` and, where test pictures repeat training pictures, `test_clean`, as in result.json."""
     test, leaked = work.splits.test, work.splits.leaked
-    probabilities = answers(engine.load(shipped.model, cores()), test, preprocess)
+    with _running(shipped) as run:
+        probabilities = answers(run, test, preprocess)
     predicted = probabilities.argmax(axis=1)
     right = predicted == test.labels
     confusion = np.zeros((len(test.classes), len(test.classes)), int)

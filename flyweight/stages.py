@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from flyweight.preprocess import Preprocess
 from flyweight.records import Records
 from flyweight.search.budget import Budget
 from flyweight.search.donor import Donor
+from flyweight.search.meter import DEFAULT, Elsewhere, Here, Meter, engines_for, quick
 from flyweight.search.space import Candidate, candidates, input_sizes, pretrained_candidates, ranked
 from flyweight.search.strategy import Rung, halve, plan
 from flyweight.search.survey import cost_all, judge, measure, training_speed
@@ -72,6 +73,22 @@ class Work:
     splits: Splits
     records: Records
     watch: Stopwatch
+
+    @cached_property
+    def engines(self) -> tuple[str, ...]:
+        """The runtimes that it may ship for."""
+        return self.device.engines if self.device else engines_for(self.job.engine)
+
+    @cached_property
+    def device(self) -> Elsewhere | None:
+        """The machine that it budgets for, where it is another one."""
+        job = self.job
+        return None if job.device is None else Elsewhere.on(Path(job.device), job.engine, job.threads)
+
+    @cached_property
+    def meter(self) -> Meter:
+        """How fast candidates are."""
+        return self.device or Here(quick(self.engines), self.job.threads)
 
     @property
     def left(self) -> float:
@@ -250,8 +267,8 @@ def _measure(work: Work, candidate: Candidate) -> None:
         candidate.recall(record)
         return
     limit, pictures = work.budget.limit("size"), _sample(work, candidate, CALIBRATION)
-    most = limit.value if limit else inf
-    measure(candidate, work.splits.train.classes, pictures, work.job.threads, most)
+    most = limit.value if limit and DEFAULT in work.engines else inf  # what is packed runs in ONNX Runtime alone
+    measure(candidate, work.splits.train.classes, pictures, work.meter, most)
     judge(candidate, work.budget)
     work.records.write("candidate", **candidate.to_json())
 

@@ -30,6 +30,7 @@ from flyweight.preprocess import Preprocess
 from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.report.study import write_study
 from flyweight.search.budget import parse_time
+from flyweight.search.meter import DEFAULT, Here
 from flyweight.search.space import FROM_SCRATCH, SMALL, Candidate, estimate_cost
 from flyweight.search.survey import measure
 from flyweight.ship import write_json
@@ -232,7 +233,7 @@ class _Course:
             self.records.progress(f"measuring {point.name}", 0.0)
             candidate, train_split = Candidate(point.name, point.spec), self.splits.train
             pictures = self._sample(point, CALIBRATION)
-            measure(candidate, train_split.classes, pictures, self.study.threads)
+            measure(candidate, train_split.classes, pictures, Here((DEFAULT,), self.study.threads))
             facts = {**point.facts, "file_bytes": candidate.size_bytes, "latency_ms": candidate.latency_ms}
             record = self.records.write(
                 "point", name=point.name, settings=point.settings, spec=point.spec.to_json(), **facts

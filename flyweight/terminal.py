@@ -4,6 +4,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from rich.table import Table
 from flyweight.units import budget_value, human_bytes, human_ms, human_seconds, percent
 
 if TYPE_CHECKING:
+    from flyweight.bench.profile import Table as LatencyTable
     from flyweight.costs import LayerCost, NetCost
     from flyweight.fitting import Outlook
     from flyweight.net import Spec
+    from flyweight.profiling import Checked
     from flyweight.run import Run
     from flyweight.tables import Row
 
@@ -347,3 +350,80 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
         table.add_row(*(f"{cell:,}" if isinstance(cell, int | float) else escape(str(cell)) for cell in row.values()))
     console.print(table)
     sys.stdout.flush()
+
+
+def show_profile(path: Path, table: "LatencyTable", checked: Sequence["Checked"], as_json: bool) -> None:
+    """A latency table's parts, and its error on networks that it was made without."""
+    from flyweight.profiling import summary
+
+    parts = [
+        {"engine": each.engine, "version": each.version, "format": each.format, "threads": each.threads}
+        | {"kernels": len(each.timings)}
+        for each in table.parts
+    ]
+    errors = summary(checked)
+    if as_json:
+        rows = [asdict(each) for each in checked]
+        print(json.dumps({"file": str(path), "parts": parts, "check": {"summary": errors, "nets": rows}}, indent=2))
+        return
+    print_table(parts)
+    if checked:
+        print()
+        print_table([_checked_row(each) for each in checked])
+        print("\nOf |predicted / measured - 1|:")
+        shown = [each | {"median": percent(each["median"]), "p90": percent(each["p90"])} for each in errors]
+        print_table(shown)
+    print(f"\n{path}")
+
+
+def _checked_row(each: "Checked") -> dict[str, Any]:
+    told = {"network": each.name, "engine": each.engine, "format": each.format, "threads": each.threads}
+    times = {"predicted": human_ms(each.predicted), "measured": human_ms(each.measured)}
+    return {**told, **times, "error": f"{100 * each.error:+.1f} %"}
+
+
+def show_exports(summary: Mapping[str, Any], as_json: bool) -> None:
+    """What was exported, and how near its answers are."""
+    if as_json:
+        print(json.dumps(summary, indent=2, ensure_ascii=False))
+        return
+    rows = []
+    for each in summary["exports"]:
+        parity = each["parity"]
+        lost = 100 * (parity["exported_top1"] - parity["pytorch_top1"])
+        row = {"folder": each["place"], "precision": each["format"], "size": human_bytes(sum(each["files"].values()))}
+        row |= {"proven in": each["engine"], "same answers": percent(parity["agreement"]), "points": f"{lost:+.2f}"}
+        rows.append(row | {"largest difference": f"{parity['worst']['difference']:.2g}"})
+    print_table(rows)
+    print(f"\n{summary['folder']}: each answered the {summary['n']} validation pictures in its own runtime")
+
+
+def show_bench(card: Mapping[str, Any]) -> None:
+    """Everything that was measured of a network or a file, the fastest first."""
+    print(f"{card['model']}  ({card['environment']['processor']}, {card['environment']['cores']} cores)")
+    if "macs" in card:
+        print(f"{card['macs']:,} multiply-accumulates ({card['flops']:,} FLOPs), {card['params']:,} parameters")
+        for threads, rates in card["peak_macs_per_second"].items():
+            told = ", ".join(f"{name} {rate / 1e9:.0f} G" for name, rate in rates.items())
+            print(f"multiply-accumulates a second on {threads} core{'s' * (threads != '1')}, at most: {told}")
+    rows = sorted((row for row in card["engines"] if not row["failed"]), key=lambda row: (row["threads"], row["p50"]))
+    print_table([_timing_row(row) for row in rows])
+    for row in card["engines"]:
+        if row["failed"]:
+            print(f"not measured: {row['failed']}")
+    print()
+
+
+def _timing_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One engine's, as a row for people."""
+    low, high = min(row["rounds"]), max(row["rounds"])
+    told = {"engine": row["engine"], "precision": row["format"], "threads": row["threads"]}
+    told |= {"p50": human_ms(row["p50"]), "rounds": f"{human_ms(low)} to {human_ms(high)}"}
+    told |= {"p95": human_ms(row["p95"]), "p99": human_ms(row["p99"]), "cold": human_ms(row["cold_ms"])}
+    told |= {"memory": human_bytes(row["peak_bytes"]), "files": human_bytes(row["file_bytes"])}
+    told |= {f"/s by {batch}": f"{rate:.0f}" for batch, rate in row["throughput"].items()}
+    if row.get("agreement") is not None:
+        told["same answers"] = percent(row["agreement"])
+    if row.get("of_peak") is not None:
+        told["of the peak"] = percent(row["of_peak"])
+    return told

@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
     "ops", "graph", "channels", "initialise", "blocks", "net", "heads", "adapt", "zoo", "fold", "costs", "weights",
     "transfer", "foreign", "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench",
-    "compress", "evaluation", "search", "stages", "shipping", "teacher", "fitting", "training", "compressing",
-    "sweep", "cli",
+    "compress", "evaluation", "search", "profiling", "exporting", "benching", "stages", "racing", "shipping", "teacher", "fitting", "training",
+    "compressing", "sweep", "cli_runtimes", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {
@@ -32,8 +32,8 @@ ALLOWED = {
     "classifier": {"bench", "data", "errors", "preprocess"},
     "run": {"classifier", "data", "errors", "packed"},
     "packed": {"affine", "bench", "classifier", "errors", "preprocess"},
-    "ship": {"net", "preprocess", "timm_models", "train", "units", "weights"},
-    "terminal": {"units", "costs", "fitting", "net", "report", "run", "tables"},
+    "ship": {"exported", "net", "preprocess", "timm_models", "train", "units", "weights"},
+    "terminal": {"units", "bench", "costs", "fitting", "net", "profiling", "report", "run", "tables"},
 }
 TAKES_ANY_NET = ["graph", "fold", "export", "bench"]
 

@@ -44,13 +44,20 @@ def latencies(
 ) -> list[Latency]:
     """The latency of each ONNX model for one picture, uint8 [1, H, W, C], `seconds` each, in interleaved rounds."""
     runs = [engine.load(model, threads) for model in models]
+    return interleaved(runs, [engine.NAME] * len(runs), image, threads, seconds, rounds)
+
+
+def interleaved(
+    runs: Sequence[Run], engines: Sequence[str], image: np.ndarray, threads: int, seconds: float, rounds: int
+) -> list[Latency]:
+    """The same of functions that take pictures, and of what engines they are."""
     for run in runs:
         _timed(run, image, 0.02, 3)
     times: list[list[float]] = [[] for _ in runs]
     for _ in range(rounds):
         for run, own in zip(runs, times, strict=True):
             own += _timed(run, image, seconds / rounds, 3)
-    return [_summary(own, threads) for own in times]
+    return [_summary(own, name, threads) for own, name in zip(times, engines, strict=True)]
 
 
 def latency(model: bytes, image: np.ndarray, threads: int, seconds: float = 0.5) -> Latency:
@@ -58,6 +65,6 @@ def latency(model: bytes, image: np.ndarray, threads: int, seconds: float = 0.5)
     return latencies([model], image, threads, seconds)[0]
 
 
-def _summary(times: list[float], threads: int) -> Latency:
+def _summary(times: list[float], engine: str, threads: int) -> Latency:
     p50, p95, p99 = (round(float(ms), 4) for ms in np.percentile(np.array(times) * 1000, (50, 95, 99)))
-    return Latency(p50, p95, p99, engine.NAME, threads, len(times))
+    return Latency(p50, p95, p99, engine, threads, len(times))

@@ -19,9 +19,9 @@ from onnx import numpy_helper
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from flyweight.compress.precision import FLOAT
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.export.onnx import export
+from flyweight.exported import FLOAT
 from flyweight.graph import Shape, trace
 from flyweight.net import Net, Spec
 from flyweight.packed import SUFFIX, Packed, open_packed

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from flyweight.bench.measure import Latency
+from flyweight.costs import NetCost
+from flyweight.exported import FLOAT, Exported
 
-FLOAT, PACKED = "float32", "packed"
+PACKED = "packed"
 # int8 may lose this much validation accuracy; and schemes this close to the best are told apart by speed.
 TOLERATED, CLOSE = 0.01, 0.003
 # Less than this share of another's time is notably less.
@@ -30,22 +32,44 @@ class Variant:
     why: str = ""
     packed: bytes | None = None
     """The packed file that ships in place of the model."""
+    exported: Exported | None = None
+    """What ships in place of the model, for another runtime than ONNX Runtime."""
 
     @property
-    def file(self) -> bytes:
-        """What ships."""
-        return self.packed or self.model
+    def size(self) -> int:
+        """Bytes of what ships."""
+        if self.exported is not None:
+            return self.exported.size
+        return len(self.packed or self.model)
 
     def to_json(self, chosen: bool) -> dict[str, Any]:
         """As a `variant` record."""
         return {
             "format": self.format,
-            "size_bytes": len(self.file),
+            "size_bytes": self.size,
             "latency_ms": self.latency.p50,
+            "engine": self.latency.engine,
             "val_top1": self.val_top1,
             "chosen": chosen,
             "why": self.why,
         }
+
+
+def measures(counted: NetCost, precision: str, size: int, milliseconds: float, accuracy: float) -> dict[str, float]:
+    """The values of an exported file under the names of budget limits."""
+    return {
+        "latency": milliseconds,
+        "size": size,
+        "memory": counted.memory_bytes(value_bytes(precision)),
+        "macs": counted.macs,
+        "params": counted.params,
+        "accuracy": accuracy,
+    }
+
+
+def value_bytes(precision: str) -> int:
+    """Bytes of one weight or activation while it runs."""
+    return 4 if precision.startswith(FLOAT) else 1
 
 
 def choose(variants: Sequence[Variant]) -> Variant:
@@ -63,7 +87,7 @@ def choose(variants: Sequence[Variant]) -> Variant:
         elif variant.excess > least:
             variant.why = "outside the budget"
     int8 = best([variant for variant in fitting if variant.format != FLOAT])
-    full = next((variant for variant in fitting if variant.format == FLOAT), None)
+    full = best([variant for variant in fitting if variant.format == FLOAT])
     chosen = _float_or_int8(full, int8)
     for variant in fitting:
         variant.why = variant.why or _compared(variant, chosen)
@@ -93,7 +117,7 @@ def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:
         full.why = f"shipped: int8 is slower here ({int8.latency.p50:.3g} ms against {full.latency.p50:.3g} ms)"
         return full
     faster = full.latency.p50 / int8.latency.p50
-    smaller = len(full.file) / len(int8.file)
+    smaller = full.size / int8.size
     int8.why = (
         f"shipped: {faster:.1f} times faster and {smaller:.1f} times smaller than float32 at {-100 * loss:+.2f} points"
     )

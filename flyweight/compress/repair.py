@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from flyweight.bench.engines import onnxruntime as engine
 from flyweight.bench.measure import Latency
 from flyweight.compress.equalise import correct_biases, edges, equalise, smooth
-from flyweight.compress.precision import FLOAT, NOTABLY, calibration_sample
+from flyweight.compress.precision import NOTABLY, calibration_sample
 from flyweight.compress.qat import FakeQuantised, fake_quantised, fine_tune
 from flyweight.compress.step import Context
 from flyweight.export import int8, onnx
 from flyweight.export.calibration import CALIBRATORS, Histogram, Range, limits, observe, ranges
 from flyweight.export.verify import prepared_answers
+from flyweight.exported import FLOAT
 from flyweight.fold import fold_batchnorm
 from flyweight.graph import trace
 from flyweight.train.inputs import normalise

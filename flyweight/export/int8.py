@@ -57,9 +57,7 @@ class Scheme:
 # measured; `schemes` are those of the processor at hand.
 SCHEMES = tuple(Scheme(per_channel, signed) for per_channel in (True, False) for signed in (False, True))
 # Symmetric activations give away half of their levels behind a ReLU, and are no faster here: some accelerators ask.
-NAMED = {
-    scheme.name: scheme for scheme in itertools.starmap(Scheme, itertools.product(*[(True, False)] * 3, (8, 7)))
-}
+NAMED = {scheme.name: scheme for scheme in itertools.starmap(Scheme, itertools.product(*[(True, False)] * 3, (8, 7)))}
 
 
 def schemes() -> tuple[Scheme, ...]:

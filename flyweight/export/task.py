@@ -74,4 +74,6 @@ class Task:
 
     def quantised(self, scheme: Scheme, pictures: np.ndarray) -> "Task":
         """The same in int8, by the smallest and largest values on some pictures, uint8 [n, H, W, C]."""
-        return replace(self, int8=Int8(scheme, limits(self.onnx[0], pictures), pictures))
+        made = replace(self, int8=Int8(scheme, limits(self.onnx[0], pictures), pictures))
+        vars(made)["onnx"] = self.onnx  # the float model is the same
+        return made

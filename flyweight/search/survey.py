@@ -10,11 +10,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from flyweight.bench.measure import latencies
 from flyweight.compress.estimate import clustered_bytes
-from flyweight.export import int8, onnx
+from flyweight.export import int8
+from flyweight.export.task import Task
 from flyweight.preprocess import Preprocess
 from flyweight.search.budget import Budget
+from flyweight.search.meter import Meter
 from flyweight.search.space import Candidate, estimate_cost, screen, shortfall
 from flyweight.train.platform import keep_freed_memory, precision, set_threads, usual_precision
 from flyweight.units import budget_value
@@ -22,7 +23,6 @@ from flyweight.zoo import build, structure
 
 # Enough pictures to place the ranges; these networks are untrained, and only their speed and size are wanted.
 CALIBRATION = 8
-MEASURE_SECONDS = 0.15
 LATENCY_MARGIN = 0.95
 
 
@@ -45,22 +45,21 @@ def _structure(candidate: Candidate) -> str:
 
 
 def measure(
-    candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, threads: int, most: float = math.inf
+    candidate: Candidate, classes: Sequence[str], pictures: np.ndarray, meter: Meter, most: float = math.inf
 ) -> None:
-    """Measures size and latency of the untrained network's exported graph: the faster of float32 and int8.
+    """Measures size and latency of the untrained network's files: the faster of float32 and int8.
 
     Where neither keeps to `most` bytes, its size is estimated as what clustering and packing make of the float32 file.
     `pictures` are a few training pictures, uint8 [n, H, W, C], at the candidate's input size.
     """
     net = build(candidate.spec).eval()
     preprocess = Preprocess.of(pictures)
-    model = onnx.export(net, preprocess, classes)
-    files = [model.SerializeToString(), int8.quantise(model, pictures, int8.schemes()[0]).SerializeToString()]
-    measured = latencies(files, pictures[:1], threads, MEASURE_SECONDS, rounds=3)
-    candidate.size_bytes = min(len(data) for data in files)
-    candidate.latency_ms = min(speed.p50 for speed in measured)
+    form = Task(net, preprocess, tuple(classes))
+    full, small = meter([form, form.quantised(int8.schemes()[0], pictures)], pictures[:1])
+    candidate.size_bytes = min(full.size, small.size)
+    candidate.latency_ms = min(full.ms, small.ms)
     if candidate.size_bytes > most:
-        candidate.packed, candidate.latency_ms = True, measured[0].p50
+        candidate.packed, candidate.latency_ms = True, full.ms
         candidate.size_bytes = clustered_bytes(net, preprocess, classes)
 
 

@@ -1,9 +1,10 @@
 """The runtimes that can be measured, one file each: the directory is the registry. Nothing here needs torch.
 
-A runtime's file says `NAME`; `TARGET`, whose files it runs; `OPENS`, a suffix of a file → the suffixes of the files that belong to it; `NEEDS`, the
-modules that must be there; `EXTRA`, what of flyweight to install for them; and `start(exported, threads)`, which gives
-a function from uint8 [N, H, W, C] to probabilities float32 [N, classes]. Where modules are not all that is needed, it
-says `lack()` too: what is missing here, or None; where a file itself says what preprocess.json would, `stated(data)`.
+A runtime's file says `NAME`; `TARGET`, whose files it runs; `OPENS`, a suffix of a file → the suffixes of the files
+that belong to it; `NEEDS`, the modules that must be there; `EXTRA`, what of flyweight to install for them; and
+`start(exported, threads)`, which gives a function from uint8 [N, H, W, C] to probabilities float32 [N, classes]. Where
+modules are not all that is needed, it says `lack()` too: what is missing here, or None; where a file itself says what
+preprocess.json would, `stated(data)`.
 """
 
 import importlib

@@ -7,6 +7,7 @@ import numpy as np
 from flyweight.exported import Exported
 
 NAME = "executorch"
+TARGET = "executorch"
 OPENS = {".pte": ()}
 NEEDS = ("executorch",)
 EXTRA = "executorch"

@@ -12,6 +12,7 @@ from flyweight.errors import FlyweightError
 from flyweight.exported import Exported
 
 NAME = "ncnn"
+TARGET = "ncnn"
 OPENS = {".param": (".bin",)}
 NEEDS = ("ncnn",)
 EXTRA = "ncnn"

@@ -7,6 +7,7 @@ import numpy as np
 from flyweight.exported import Exported
 
 NAME = "openvino"
+TARGET = "openvino"
 OPENS = {".onnx": (), ".xml": (".bin",)}
 NEEDS = ("openvino",)
 EXTRA = "openvino"

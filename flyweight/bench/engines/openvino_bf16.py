@@ -5,5 +5,7 @@ from functools import partial
 from flyweight.bench.engines import openvino
 
 NAME = "openvino-bf16"
-OPENS, NEEDS, EXTRA = openvino.OPENS, openvino.NEEDS, openvino.EXTRA
+TARGET = "openvino"
+OPENS = {".xml": (".bin",)}
+NEEDS, EXTRA = openvino.NEEDS, openvino.EXTRA
 start = partial(openvino.start, precision="bf16")

@@ -1,7 +1,8 @@
 """The forms in which a classifier can leave, one file each: the directory is the registry.
 
 A target's file says `NAME`; `ENGINE`, the runtime that is to answer as the network does; `INT8`, whether it has int8;
-`NEEDS` and `EXTRA` as an engine's; and `export(task)`, which gives the files. Raises GraphError for what the form cannot hold.
+`QUICK`, whether it takes milliseconds; `NEEDS` and `EXTRA` as an engine's; and `export(task)`, which gives the files
+and raises GraphError for what they cannot hold.
 """
 
 import importlib
@@ -20,6 +21,7 @@ class Target(Protocol):
     NAME: str
     ENGINE: str
     INT8: bool
+    QUICK: bool
     NEEDS: tuple[str, ...]
     EXTRA: str
 

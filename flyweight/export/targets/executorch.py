@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from flyweight.export.task import Task
 from flyweight.exported import Exported
@@ -15,6 +16,7 @@ from flyweight.preprocess import Preprocess
 NAME = "executorch"
 ENGINE = "executorch"
 INT8 = True
+QUICK = False
 NEEDS = ("executorch", "torchao")
 EXTRA = "executorch"
 
@@ -29,6 +31,8 @@ class Whole(nn.Module):
         self.register_buffer("scale", 1 / torch.tensor(preprocess.std).reshape(1, -1, 1, 1))
 
     def forward(self, image: Tensor) -> Tensor:
+        assert isinstance(self.mean, Tensor)
+        assert isinstance(self.scale, Tensor)
         x = (image.permute(0, 3, 1, 2).float() - self.mean) * self.scale
         return torch.softmax(self.net(x) / self.temperature, dim=1)
 
@@ -46,14 +50,16 @@ def export(task: Task) -> Exported:
         warnings.simplefilter("ignore")  # of the converter's own parts, among themselves
         program = torch.export.export(whole, (image,))
         if task.int8 is not None:
-            graph = _quantised(program.module(), task.int8.pictures, task.int8.scheme.per_channel)
+            captured = program.module()
+            assert isinstance(captured, GraphModule)
+            graph = _quantised(captured, task.int8.pictures, task.int8.scheme.per_channel)
             program = torch.export.export(graph, (image,))
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         data = bytes(lowered.to_executorch().buffer)
     return task.exported(NAME, {".pte": data})
 
 
-def _quantised(graph: nn.Module, pictures: np.ndarray, per_channel: bool) -> nn.Module:
+def _quantised(graph: GraphModule, pictures: np.ndarray, per_channel: bool) -> nn.Module:
     from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
         XNNPACKQuantizer,
         get_symmetric_quantization_config,

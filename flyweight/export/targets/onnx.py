@@ -7,6 +7,7 @@ from flyweight.exported import Exported
 NAME = "onnx"
 ENGINE = "onnxruntime"
 INT8 = True
+QUICK = True
 NEEDS = ("onnxruntime",)
 EXTRA = "onnx"
 

@@ -10,6 +10,7 @@ from flyweight.exported import Exported
 NAME = "openvino"
 ENGINE = "openvino"
 INT8 = True
+QUICK = True
 NEEDS = ("openvino",)
 EXTRA = "openvino"
 

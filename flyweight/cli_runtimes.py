@@ -1,0 +1,78 @@
+"""The verbs about runtimes: exports that are proven, files that are measured. `cli` registers them."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from flyweight.errors import UsageError
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+DATA = "Pictures to judge by, as for fit; by default the run's own."
+
+
+def export(
+    run: Annotated[Path, typer.Argument(help="A run's folder, or a model.safetensors with --data.")],
+    to: Annotated[
+        str,
+        typer.Option(help="With commas: onnx, openvino, litert, ncnn, executorch, web; by default all that can be."),
+    ] = "",
+    formats: Annotated[str, typer.Option(help="With commas: float32, int8.")] = "float32,int8",
+    out: Annotated[Path | None, typer.Option(help="The folder to write; by default the run's exports.")] = None,
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Points of accuracy that int8 may lose; by default 1, or what chance explains.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Export a network for other runtimes; each file first answers the validation pictures, in its own runtime.
+
+    Exit code 5 where one does not answer as the network does; such a file is not left.
+    """
+    from flyweight.exporting import export_run
+    from flyweight.terminal import Progress, show_exports
+
+    points = None if tolerance is None else tolerance / 100
+    with Progress(quiet=as_json) as progress:
+        summary = export_run(run, words(to), words(formats), out, data, points, progress.listen)
+    show_exports(summary, as_json)
+
+
+def bench(
+    paths: Annotated[list[Path], typer.Argument(help="Runs' folders, a model.safetensors, exported files.")],
+    engines: Annotated[str, typer.Option(help="With commas; by default all that are installed.")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of cores, with commas.")] = "1",
+    seconds: Annotated[float, typer.Option(help="How long each file is measured, in interleaved rounds.")] = 1.0,
+    rounds: Annotated[int, typer.Option(help="How many rounds.")] = 5,
+    batches: Annotated[str, typer.Option(help="Also pictures a second with so many at once: 1,8,32.")] = "",
+    data: Annotated[str | None, typer.Option(help=DATA)] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure files in every runtime that is here: latency, its spread, throughput, cold start, memory, bytes."""
+    from flyweight import benching
+    from flyweight.terminal import Progress, show_bench
+
+    request = benching.Request(
+        words(engines), numbers(threads, "--threads"), seconds, rounds, numbers(batches, "--batches"), data
+    )
+    with Progress(quiet=as_json) as progress:
+        cards = benching.bench(paths, request, progress.listen)
+    if as_json:
+        print(json.dumps(cards, indent=2))
+        return
+    for card in cards:
+        show_bench(card)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas."""
+    return tuple(each.strip() for each in text.split(",") if each.strip())
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """The whole numbers above zero between commas. Raises UsageError."""
+    found = words(text)
+    if not all(each.isdigit() and int(each) > 0 for each in found):
+        raise UsageError(f"{option} takes whole numbers with commas between them, not {text!r}")
+    return tuple(map(int, found))
