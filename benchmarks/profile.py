@@ -3,7 +3,7 @@
 python -m benchmarks.profile [--engines onnxruntime,openvino] [--formats float32,int8] [--threads 1] [--time 3m]
                              [--networks 40] [--table FILE] [--out FILE]
 
-The table's kernels come from other networks of the zoo, the factors of its kinds from 16 that are not checked. Leave
+The table's kernels come from other networks of the zoo, the factors of its kinds from 24 that are not checked. Leave
 the machine alone meanwhile. Prints a table on stderr and JSON on stdout, and writes that JSON to --out.
 """
 

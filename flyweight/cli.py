@@ -580,29 +580,7 @@ def _lines(path: Path) -> list[str]:
         raise UsageError(f"{path} cannot be read as text: {error}") from error
 
 
-@app.command()
-def profile(
-    engines: Annotated[str, typer.Option(help="With commas; by default the installed that export quickly.")] = "",
-    threads: Annotated[str, typer.Option(help="Numbers of cores, with commas.")] = "1",
-    formats: Annotated[str, typer.Option(help="With commas: float32, int8.")] = "float32,int8",
-    time: Annotated[str, typer.Option(help="For each engine, format and number of threads.")] = "3m",
-    out: Annotated[Path | None, typer.Option(help="By default profile-<machine>.json in the cache folder.")] = None,
-    check: Annotated[bool, typer.Option("--check", help="Measure 40 networks that it was made without.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Measure this machine's latency table, from which a network's latency is predicted here and elsewhere."""
-    from flyweight.profiling import CHECK_NETS, default_path, profile_machine, read_request
-    from flyweight.terminal import Progress, show_profile
-
-    request = read_request(engines, formats, threads, time, CHECK_NETS if check else 0)
-    with Progress(quiet=as_json) as progress:
-        table, checked = profile_machine(request, progress.listen)
-    path = out or default_path()
-    table.write(path)
-    show_profile(path, table, checked, as_json)
-
-
-for verb in (cli_runtimes.export, cli_runtimes.bench):
+for verb in (cli_runtimes.export, cli_runtimes.bench, cli_runtimes.profile):
     app.command()(verb)
 
 weights = typer.Typer(no_args_is_help=True, help="Take weights from other libraries, and give them back.")

@@ -1,4 +1,4 @@
-"""The verbs about runtimes: exports that are proven, files that are measured. `cli` registers them."""
+"""The verbs about runtimes: exports that are proven, what is measured. `cli` registers them."""
 
 import json
 from pathlib import Path
@@ -63,6 +63,27 @@ def bench(
         return
     for card in cards:
         show_bench(card)
+
+
+def profile(
+    engines: Annotated[str, typer.Option(help="With commas; by default the installed that export quickly.")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of cores, with commas.")] = "1",
+    formats: Annotated[str, typer.Option(help="With commas: float32, int8.")] = "float32,int8",
+    time: Annotated[str, typer.Option(help="For each engine, format and number of threads.")] = "3m",
+    out: Annotated[Path | None, typer.Option(help="By default profile-<machine>.json in the cache folder.")] = None,
+    check: Annotated[bool, typer.Option("--check", help="Measure 40 networks that it was made without.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine's latency table, from which a network's latency is predicted here and elsewhere."""
+    from flyweight.profiling import CHECK_NETS, default_path, profile_machine, read_request
+    from flyweight.terminal import Progress, show_profile
+
+    request = read_request(engines, formats, threads, time, CHECK_NETS if check else 0)
+    with Progress(quiet=as_json) as progress:
+        table, checked = profile_machine(request, progress.listen)
+    path = out or default_path()
+    table.write(path)
+    show_profile(path, table, checked, as_json)
 
 
 def words(text: str) -> tuple[str, ...]:

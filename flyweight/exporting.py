@@ -15,6 +15,7 @@ import torch
 
 from flyweight.bench.engines import engines, lacking, read_export
 from flyweight.bench.race import Entry, Runner
+from flyweight.compress.precision import CLOSE
 from flyweight.compress.repair import Attempt, Repair, Repaired, repair
 from flyweight.compress.step import Context, repair_recipe
 from flyweight.data import Dataset, open_source, prepare
@@ -37,6 +38,7 @@ INT8 = "int8"
 FORMATS = (FLOAT, INT8)
 # Of the int8 forms, how many a target tries until one holds: its kernels round otherwise than those they were made for.
 FORMS = 3
+MOST_SAID = 300  # characters of what a converter says
 Say = Callable[[str], None]
 
 
@@ -55,14 +57,14 @@ class Subject:
         outputs = logits(self.task.net, self.validation, self.task.preprocess)
         return torch.softmax(outputs / self.task.temperature, 1).numpy()
 
-    def repaired(self, seconds: float) -> Repaired:
-        """Its int8 forms as ONNX files, repaired for so many seconds where they lose too much."""
+    def repaired(self, seconds: float, limit: float = CLOSE) -> Repaired:
+        """Its int8 forms as ONNX files, repaired for so many seconds where they lose more than `limit` of accuracy."""
         preprocess, recipe = self.task.preprocess, repair_recipe(self.task.preprocess.size[0])
         context = Context(self.train, self.validation, preprocess, recipe, seed=self.seed, threads=cores())
-        return repair(self.task.net, context, Repair(seconds=seconds, temperature=self.task.temperature))
+        return repair(self.task.net, context, Repair(limit=limit, seconds=seconds, temperature=self.task.temperature))
 
     def forms(self, found: Repaired, formats: Sequence[str] = FORMATS) -> dict[str, list[Task]]:
-        """By precision, its forms for any target: of int8 what ships for ONNX Runtime, then the nearest to the network."""
+        """By precision, its forms for any target: of int8 what ships for ONNX Runtime, then the nearest."""
         ways = sorted((each for each in found.attempts if each.way), key=lambda each: each.divergence)
         ways.sort(key=lambda each: each is not found.chosen)
         forms = {FLOAT: [self.task], INT8: [self._form(each) for each in ways[:FORMS]]}
@@ -196,8 +198,8 @@ def _proof(engine: str, task: Task, subject: Subject, tolerance: float | None) -
             found = answers(run, subject.validation, stated)
     except UsageError:
         raise
-    except FlyweightError as error:
-        return outcome(failed=str(error))
+    except Exception as error:  # converters raise their own classes, and often at length
+        return outcome(failed=" ".join(str(error).split())[:MOST_SAID] or type(error).__name__)
     parity = gate(subject.reference, found, subject.validation, task.int8 is None, tolerance)
     return outcome(exported=exported, parity=parity)
 

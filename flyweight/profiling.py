@@ -35,7 +35,7 @@ from flyweight.zoo import build, list_models, structure, usual_spec
 SMALL_SIZES = (24, 32)
 CHANNELS, CLASSES = 3, 10
 MOST_MACS = 4e9  # of a network that is measured as a whole
-FACTOR_NETS, CHECK_NETS, SAMPLED = 16, 40, 400  # whole networks; networks whose kernels are sampled
+FACTOR_NETS, CHECK_NETS, SAMPLED = 24, 40, 400  # whole networks; networks whose kernels are sampled
 MOST_KERNELS = 4000
 
 

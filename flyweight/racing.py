@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from flyweight.bench.engines import engines
 from flyweight.bench.measure import Latency
 from flyweight.bench.race import Entry, Timing, race
 from flyweight.benching import PYTORCH, as_it_is
@@ -10,7 +9,6 @@ from flyweight.compress.precision import Variant, measures
 from flyweight.compress.repair import Repaired
 from flyweight.costs import NetCost
 from flyweight.errors import ParityError
-from flyweight.export.targets import targets
 from flyweight.exported import FLOAT, Exported
 from flyweight.exporting import Outcome, Subject, prove
 from flyweight.search.meter import DEFAULT
@@ -18,8 +16,6 @@ from flyweight.stages import Work
 
 SECONDS, ROUNDS = 1.0, 5
 PICTURES = 16  # that a race may take its batches from
-# Seconds that a job must still have for targets whose converters are slow.
-WORTH_SLOW = 240.0
 # Of the ONNX files, how many compete with other engines' in each precision: those that were the fastest.
 OF_ONNX = 2
 
@@ -30,7 +26,7 @@ def raced(work: Work, subject: Subject, repaired: Repaired, variants: list[Varia
     Raises ParityError where no engine answers as the network does.
     """
     own = _fastest(variants) if DEFAULT in work.engines else []
-    others = [_as_variant(work, each) for each in _proven(work, subject, repaired)]
+    others = [_as_variant(work, each, repaired.chosen.model) for each in _proven(work, subject, repaired)]
     found = [*own, *others]
     if not found:
         told = ", ".join(work.engines)
@@ -52,9 +48,6 @@ def _proven(work: Work, subject: Subject, repaired: Repaired) -> list[Outcome]:
     """The network for every other engine, in both precisions, where its answers hold."""
     forms, found = subject.forms(repaired), []
     for name in [each for each in work.engines if each != DEFAULT]:
-        if work.job.engine != name and not targets()[engines()[name].TARGET].QUICK and work.left < WORTH_SLOW:
-            work.records.say(f"{name} is left out: its files take longer to write than there is time")
-            continue
         for tasks in forms.values():
             work.records.progress(f"exporting for {name}", 0.0)
             outcome = prove(name, tasks, subject)
@@ -63,13 +56,13 @@ def _proven(work: Work, subject: Subject, repaired: Repaired) -> list[Outcome]:
     return found
 
 
-def _as_variant(work: Work, outcome: Outcome) -> Variant:
-    """A proven file, its latency not yet known."""
+def _as_variant(work: Work, outcome: Outcome, model: bytes) -> Variant:
+    """A proven file, its latency not yet known; `model` is what stands beside it for ONNX Runtime."""
     assert outcome.exported is not None
     assert outcome.parity is not None
     unknown = Latency(float("inf"), float("inf"), float("inf"), outcome.engine, work.job.threads, 0)
     top1 = outcome.parity.exported_top1
-    return Variant(outcome.format, b"", unknown, top1, {}, 0.0, exported=outcome.exported)
+    return Variant(outcome.format, model, unknown, top1, {}, 0.0, exported=outcome.exported)
 
 
 def _entry(work: Work, subject: Subject, variant: Variant) -> Entry:

@@ -47,6 +47,9 @@ TRAINING_MACS = 12e9
 # Of the time of a job, what clustering its winner has, where the size of the budget asks for more than int8. What must
 # be clustered is to be so many times nearer to the ideal, and comes last where it would have fewer seconds than these.
 SMALL_SHARE, PACKING, WORTH_PACKING = 0.15, 2.0, 15.0
+# Seconds that a race takes for each engine, whose files are written, proven and measured; what slow files take beside,
+# for which only jobs of so many seconds have time.
+RACED, SLOWLY, WORTH_SLOW = 8.0, 60.0, 600.0
 DOING = {"trial": "trying", "teacher": "training as a teacher", "final": "training"}
 MOST_RESTARTS = 3
 # The share in the targets that a teacher's answers have.
@@ -76,8 +79,9 @@ class Work:
 
     @cached_property
     def engines(self) -> tuple[str, ...]:
-        """The runtimes that it may ship for."""
-        return self.device.engines if self.device else engines_for(self.job.engine)
+        """The runtimes that it may ship for; of several, slow ones only where there is time to write their files."""
+        found = self.device.engines if self.device else engines_for(self.job.engine)
+        return found if self.job.seconds >= WORTH_SLOW else quick(found)
 
     @cached_property
     def device(self) -> Elsewhere | None:
@@ -112,8 +116,13 @@ def reserve(seconds: float, source: Source, validation: int, test: int, millisec
 
 
 def needed(work: Work, milliseconds: float) -> float:
-    """`reserve` for this job."""
-    return reserve(work.job.seconds, work.source, len(work.splits.validation), len(work.splits.test), milliseconds)
+    """`reserve` for this job, and what a race of engines takes."""
+    seconds = work.job.seconds
+    own = reserve(seconds, work.source, len(work.splits.validation), len(work.splits.test), milliseconds)
+    if work.engines == (DEFAULT,):
+        return own
+    slow = len(work.engines) - len(quick(work.engines))
+    return min(0.6 * seconds, own + RACED * (len(work.engines) + 1) + SLOWLY * slow)
 
 
 def rungs(count: int, seconds: float) -> list[Rung]:

@@ -106,8 +106,9 @@ def _line(record: Mapping[str, Any]) -> str:
             return f"epoch {record['epoch']:.1f}: {percent(record['val_top1'])} on validation"
         case "variant":
             mark = "ships" if record["chosen"] else record["why"]
+            engine = "" if record["engine"] == "onnxruntime" else f" in {record['engine']}"
             shown = human_bytes(record["size_bytes"]), human_ms(record["latency_ms"]), percent(record["val_top1"])
-            return f"{record['format']}: {', '.join(shown)} ({mark})"
+            return f"{record['format']}{engine}: {', '.join(shown)} ({mark})"
         case "compression":
             return f"{record['step']}: {record['note']}"
         case "parity":

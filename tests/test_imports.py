@@ -9,8 +9,8 @@ PACKAGE = Path(__file__).parents[1] / "flyweight"
 CHAIN = [
     "ops", "graph", "channels", "initialise", "blocks", "net", "heads", "adapt", "zoo", "fold", "costs", "weights",
     "transfer", "foreign", "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench",
-    "compress", "evaluation", "search", "profiling", "exporting", "benching", "stages", "racing", "shipping", "teacher", "fitting", "training",
-    "compressing", "sweep", "cli_runtimes", "cli",
+    "compress", "evaluation", "search", "profiling", "exporting", "benching", "stages", "racing", "shipping", "teacher",
+    "fitting", "training", "compressing", "sweep", "cli_runtimes", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {

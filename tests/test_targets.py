@@ -28,16 +28,16 @@ from flyweight.run import classifier
 from flyweight.train.loop import logits
 from flyweight.weights import net_bytes
 
-SIDE = 48
+SIDE = 64
 # One network of each block type.
 NETS = {
     "plain": ("nin", {"norm": "batch"}),
     "fire": ("squeezenet1_1", {"norm": "batch"}),
     "depthwise separable": ("mobilenet_v1", {}),
     "inverted residual": ("mobilenet_v2", {}),
-    "squeeze-and-excitation": ("mobilenet_v3_small_100", {}),
+    "squeeze-and-excitation": ("mobilenet_v3_small", {}),
     "grouped shuffle": ("shufflenet_v1_g3", {}),
-    "split shuffle": ("shufflenet_v2_x1_0", {}),
+    "split shuffle": ("shufflenet_v2", {}),
     "residual": ("resnet18", {}),
     "grouped residual": ("resnext50_32x4d", {}),
     "separable residual": ("xception", {}),

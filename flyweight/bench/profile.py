@@ -36,6 +36,7 @@ NET_SECONDS, ROUNDS = 0.3, 5  # of running each whole network, in so many rounds
 LEAST_RUNS, MOST_RUNS = 7, 100
 CALIBRATION = 2  # pictures: only the speed of an int8 network is wanted
 TIES = 0.1  # how strongly a kind's factor is held to one, against the relative errors of whole networks
+EACH = 0.005  # ms: about what lies between two kernels
 LEAST_OF_KIND = 4
 FLAG = 2.0  # how far kernels are apart that differ in a flag, in powers of e of a size
 
@@ -51,7 +52,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Part:
-    """What was measured on one engine: `factors` correct the sum of the kernels of a kind."""
+    """What was measured on one engine.
+
+    `factors` correct the sum of the kernels of a kind; `each` is what a kernel takes beside, in milliseconds: what lies
+    between two of a network is in neither's own measurement.
+    """
 
     engine: str
     version: str
@@ -59,6 +64,7 @@ class Part:
     threads: int
     timings: tuple[Timing, ...] = field(repr=False)
     factors: Mapping[str, float]
+    each: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -84,7 +90,8 @@ class Part:
 
     def predict(self, wanted: Sequence[Kernel]) -> float:
         """Milliseconds of a network of these kernels."""
-        return sum(self.factors.get(kind, 1.0) * ms for kind, ms in self.by_kind(wanted).items())
+        own = sum(self.factors.get(kind, 1.0) * ms for kind, ms in self.by_kind(wanted).items())
+        return own + self.each * len(wanted)
 
     def to_json(self) -> dict[str, Any]:
         """As in the table's file."""
@@ -282,15 +289,20 @@ def profile(meter: Meter, chosen: Iterable[Kernel], nets: Sequence[Task], second
         progress(spent)
         timings.append(meter.kernel(kernel))
     part = Part(meter.engine, meter.version, meter.format, meter.threads, tuple(timings), {})
-    return replace(part, factors=factors(part, [kernels(task.graph) for task in nets], whole.ms()))
+    return corrected(part, [kernels(task.graph) for task in nets], whole.ms())
 
 
-def factors(part: Part, nets: Sequence[Sequence[Kernel]], measured: Sequence[float]) -> dict[str, float]:
-    """For each kind a, such that Σ over nets (Σ aₖ tₖ / t − 1)² + TIES · Σ (aₖ − 1)² is least."""
+def corrected(part: Part, nets: Sequence[Sequence[Kernel]], measured: Sequence[float]) -> Part:
+    """The part with factors a for each kind and b · EACH for each kernel, by whole networks of n kernels.
+
+    Such that Σ over nets ((Σ aₖ tₖ + b · EACH · n) / t − 1)² + TIES · (Σ (aₖ − 1)² + b²) is least.
+    """
     sums = [part.by_kind(own) for own in nets]
     kinds = sorted({kind for each in sums for kind in each})
     share = np.array([[each.get(kind, 0.0) / ms for kind in kinds] for each, ms in zip(sums, measured, strict=True)])
-    share = share.reshape(len(nets), len(kinds))
-    left = share.T @ share + TIES * np.eye(len(kinds))
-    solved = np.linalg.solve(left, share.T @ np.ones(len(nets)) + TIES)
-    return dict(zip(kinds, solved.tolist(), strict=True))
+    each = np.array([EACH * len(own) / ms for own, ms in zip(nets, measured, strict=True)])
+    share = np.hstack([share.reshape(len(nets), len(kinds)), each[:, None]])
+    left = share.T @ share + TIES * np.eye(len(kinds) + 1)
+    prior = np.array([1.0] * len(kinds) + [0.0])
+    *solved, beside = np.linalg.solve(left, share.T @ np.ones(len(nets)) + TIES * prior).tolist()
+    return replace(part, factors=dict(zip(kinds, solved, strict=True)), each=EACH * beside)

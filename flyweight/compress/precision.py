@@ -100,7 +100,7 @@ def best(variants: Sequence[Variant]) -> Variant | None:
     close = [variant for variant in variants if variant.val_top1 >= highest - CLOSE]
     bar = min((variant.latency.p50 for variant in close), default=0.0)
     near = [variant for variant in close if NOTABLY * variant.latency.p50 <= bar]
-    return max(near, key=lambda variant: variant.val_top1, default=None)
+    return max(near, key=lambda variant: (variant.val_top1, -variant.latency.p50), default=None)
 
 
 def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:

@@ -62,8 +62,8 @@ def gate(
 ) -> Parity:
     """`compare` for probabilities [N, classes] of the pictures in `data`, and the worst example.
 
-    Of float32 no probability may differ by more than APART either: few pictures lie so near to the border of two answers
-    that another way to resize shows in these. Answers that are no numbers never pass.
+    Of float32 no probability may differ by more than APART either: few pictures lie so near to the border of two
+    answers that another way to resize shows in these. Answers that are no numbers never pass.
     """
     parity = compare(reference.argmax(axis=1), exported.argmax(axis=1), data.labels, is_float, tolerance)
     apart = np.nan_to_num(np.abs(reference - exported).max(axis=1), nan=np.inf)

@@ -31,6 +31,7 @@ _STAGES = {
 }
 _MOST_NUMBERS = 15  # classes up to which the confusion matrix is a table of numbers
 _MOST_PIXELS = 112  # pictures up to this side are enlarged without smoothing
+PACKED = "packed"  # what a format ends in whose file is packed
 _LONG = {"tried": 10, "untried": 8, "layers": 24, "classes": 20, "mistakes": 24}  # longer lists are folded or cut
 
 
@@ -97,6 +98,9 @@ def _context(run: FinishedRun) -> dict[str, Any]:
         "final": run.final[-1] if run.final else None,
         "teacher": result["winner"]["teacher"],
         "variants": _variants(run.variants),
+        "engines": len({one["engine"] for one in run.variants}),
+        "card": run.card,
+        "runtimes": _runtimes(run.card, result),
         "compressions": run.compressions,
         "parity": run.parity,
         "matrix": _matrix(run),
@@ -299,6 +303,23 @@ def _variants(variants: Sequence[Record]) -> list[Record]:
         return one["val_top1"] - float_top1
 
     return [{**one, "change": change(one)} for one in variants]
+
+
+def _runtimes(card: Record | None, result: Record) -> list[Record]:
+    """What was measured in each runtime, the fastest first; `share` of the slowest's time, `ships` where it does."""
+    if card is None:
+        return []
+    measured = sorted((row for row in card["engines"] if row["p50"] is not None), key=lambda row: row["p50"])
+    latency, shipped = result["latency_ms"] or {}, result["shipped"]
+
+    def ships(row: Record) -> bool:
+        return (row["engine"], row["format"]) == (latency.get("engine"), shipped["format"].partition(f", {PACKED}")[0])
+
+    def spread(row: Record) -> tuple[float, float] | None:
+        return (min(row["rounds"]), max(row["rounds"])) if row["rounds"] else None
+
+    slowest = max((row["p50"] for row in measured), default=1.0)
+    return [{**row, "share": row["p50"] / slowest, "ships": ships(row), "spread": spread(row)} for row in measured]
 
 
 def _matrix(run: FinishedRun) -> dict[str, Any] | None:

@@ -63,6 +63,19 @@ _TEACHER = {"name": (str,), "val_top1": _NUMBER, "seconds": _NUMBER}
 _LIMIT = {"name": (str,), "op": (str,), "limit": _NUMBER, "measured": _MAYBE, "met": (bool,)}
 _SCORE = {"top1": _NUMBER, "n": (int,), "ci95": (list, type(None)), "duplicates": _MAYBE}
 _LATENCY = {"p50": _MAYBE, "p95": _MAYBE, "p99": _MAYBE, "engine": _TEXT, "threads": _MAYBE, "n": _MAYBE}
+_CARD = {"macs": (int,), "flops": (int,), "params": (int,), "engines": (list,), "peak_macs_per_second": (dict,)}
+_ENGINE = {
+    "engine": (str,),
+    "format": (str,),
+    "threads": (int,),
+    "p50": _MAYBE,
+    "p95": _MAYBE,
+    "rounds": (list, type(None)),
+    "cold_ms": _MAYBE,
+    "peak_bytes": _MAYBE,
+    "file_bytes": _MAYBE,
+    "of_peak": _MAYBE,
+}
 _SHIPPED = {"file": (str,), "format": (str,), "size_bytes": _NUMBER}
 _CANDIDATE = {
     "name": (str,),
@@ -93,6 +106,7 @@ _KINDS = {
         "size_bytes": _MAYBE,
         "latency_ms": _MAYBE,
         "val_top1": _MAYBE,
+        "engine": _TEXT,
         "chosen": (bool,),
         "why": _TEXT,
     },
@@ -160,6 +174,7 @@ class FinishedRun:
     final: list[Epoch]
     trials: list[list[Epoch]]
     variants: list[Record]
+    card: Record | None
     compressions: list[Record]
     parity: Record | None
     layers: list[Record]
@@ -191,7 +206,8 @@ def load(folder: Path) -> FinishedRun:
         rungs=_last_by(_of(records, "trial"), "rung", "name"),
         final=_final(records),
         trials=_trials(records),
-        variants=_last_by(_of(records, "variant"), "format"),
+        variants=_last_by(_of(records, "variant"), "format", "engine"),
+        card=_card(folder / "card.json"),
         compressions=_last_by(_of(records, "compression"), "step"),
         parity=parities[-1] if parities else None,
         layers=_last_by(_of(records, "layer"), "path"),
@@ -240,6 +256,17 @@ def _read_result(folder: Path) -> Record:
         for index, item in enumerate(result[key]):
             _check(item, fields, f"{path}, `{key}[{index}]`")
     return result
+
+
+def _card(path: Path) -> Record | None:
+    """The cost card, where there is one."""
+    if not path.is_file():
+        return None
+    card = _read_object(path)
+    _check(card, _CARD, str(path))
+    for index, row in enumerate(card["engines"]):
+        _check(row, _ENGINE, f"{path}, `engines[{index}]`")
+    return card
 
 
 def _read_object(path: Path) -> Record:
