@@ -67,7 +67,7 @@ def subject_of(name: str, weights: Path, flowers: str) -> tuple[Subject, Any]:
 def proven(subject: Subject, names: Sequence[str]) -> list[Outcome]:
     """The files that keep enough of the answers, each engine's in both precisions."""
     found = []
-    forms = subject.forms(subject.repaired(seconds=120.0, limit=1 - KEPT))
+    forms = subject.forms(subject.repaired(seconds=60.0, limit=1 - KEPT))
     for name in names:
         for tasks in forms.values():
             outcome = prove(name, tasks, subject, tolerance=1 - KEPT)

@@ -2,6 +2,9 @@
 
 import copy
 import json
+import sys
+import textwrap
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +14,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from flyweight.bench import engines as bench_engines
 from flyweight.bench.engines import engine, engines, lacking, read_export
 from flyweight.create import create_model
 from flyweight.data import Dataset, open_source, prepare
 from flyweight.errors import ParityError, UsageError
 from flyweight.export import int8
+from flyweight.export import targets as export_targets
 from flyweight.export.targets import targets
 from flyweight.export.task import Task
 from flyweight.export.verify import APART, answers, gate
@@ -268,3 +273,30 @@ def test_an_export_reads_as_it_was_written(tmp_path: Path) -> None:
     (tmp_path / "new" / "model.bin").unlink()
     with pytest.raises(UsageError, match=r"model.bin does not exist"):
         read_export(tmp_path / "new" / "model.xml")
+
+
+def test_a_new_target_and_a_new_engine_are_one_file_each(
+    tmp_path: Path, pictures: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those in CONTRIBUTING.md, put into the folders."""
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for title, package in {"An export target": export_targets, "An engine": bench_engines}.items():
+        section = guide.partition(f"## {title}\n")[2].partition("\n## ")[0]
+        code = textwrap.dedent(section.partition("   ```python\n")[2].partition("   ```\n")[0])
+        (tmp_path / title).mkdir()
+        (tmp_path / title / "torchscript.py").write_text(code, encoding="utf-8")
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / title)])
+    targets.cache_clear()
+    engines.cache_clear()
+    try:
+        subject = subject_of(probe(pictures), IMAGENET, pictures)
+        exported = targets()["torchscript"].export(subject.task)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of TorchScript
+            found = answers(engine("torchscript").start(exported, 1), subject.validation, IMAGENET)
+        assert gate(subject.reference, found, subject.validation, is_float=True).passed
+    finally:
+        targets.cache_clear()
+        engines.cache_clear()
+        for name in ("flyweight.export.targets.torchscript", "flyweight.bench.engines.torchscript"):
+            sys.modules.pop(name, None)
