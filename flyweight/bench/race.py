@@ -74,7 +74,8 @@ class Timing:
 
     def to_json(self) -> dict[str, Any]:
         """As a row of `flyweight bench --json`; what could not be measured is null."""
-        return {key: None if value == math.inf else value for key, value in asdict(self).items()}
+        values = asdict(self) | {"rounds": list(self.rounds)}
+        return {key: None if value == math.inf else value for key, value in values.items()}
 
 
 class Runner:
@@ -90,12 +91,19 @@ class Runner:
         asked = [sys.executable, "-m", "flyweight.bench.worker", entry.engine, str(self.path), str(entry.threads)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(asked, stdin=pipe, stdout=pipe, stderr=self.words, text=True)
-        self.cold_ms: float = self._heard()["cold_ms"]
+        try:
+            self.cold_ms: float = self._heard()["cold_ms"]
+        except FlyweightError:
+            self._ended()
+            raise
 
     def __enter__(self) -> "Runner":
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._ended()
+
+    def _ended(self) -> None:
         self.process.kill()
         self.process.communicate()
         self.words.close()
