@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import flyweight
 from flyweight import ops
 from flyweight.bench.kernels import FREE, MAKE, RULES, Kernel, Probe, kernels, picture_shape
 from flyweight.bench.profile import Meter, Part, Table, Timing, Whole, corrected, covering, profile
@@ -18,6 +20,7 @@ from flyweight.costs import graph_cost
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.export.task import Task
 from flyweight.graph import SHAPES, Graph, GraphError, trace
+from flyweight.net import Spec
 from flyweight.profiling import Checked, read_request, shares, summary, task
 from flyweight.zoo import list_models, spec_of, structure, usual_spec
 
@@ -220,3 +223,22 @@ def test_errors_are_summed_up_by_part() -> None:
     assert [(each["format"], each["n"], each["median"]) for each in summary(rows)] == [
         ("float32", 2, 0.2), ("int8", 1, 1.0)
     ]  # fmt: skip
+
+
+def test_a_job_budgets_for_the_machine_of_a_table(tmp_path: Path) -> None:
+    every = covering(shares(map(usual_spec, list_models())), 150)
+    part = profile(KnownMachine(), every, [], 60, silent)  # type: ignore[arg-type]
+    parts = tuple(replace(part, engine="onnxruntime", format=format) for format in ("float32", "int8"))
+    path = tmp_path / "there.json"
+    Table({"processor": "another"}, parts).write(path)
+    run = flyweight.fit("demo", "latency<=100s, size<=2MB", time=8, out=tmp_path / "run", device=path)
+    latency, spec = run.result["latency_ms"], Spec.from_json(run.result["winner"]["spec"])
+    with torch.device("meta"):
+        own = kernels(trace(structure(spec).eval(), spec.input))
+    assert (latency["engine"], latency["n"]) == ("onnxruntime", 0)  # said by the table, not measured
+    assert latency["p50"] == pytest.approx(sum(map(law, own)), rel=0.5)
+    assert json.loads((run.folder / "run.json").read_text())["device"] == str(path)
+    with pytest.raises(UsageError, match=r"there\.json does not know onnxruntime on 2 core"):
+        flyweight.fit("demo", "size<=2MB", time=8, out=tmp_path / "b", threads=2, device=path)
+    with pytest.raises(UsageError, match="does not know litert on 1 core"):
+        flyweight.fit("demo", "size<=2MB", time=8, out=tmp_path / "c", engine="litert", device=path)

@@ -27,7 +27,8 @@ from flyweight.train.inputs import normalise
 from flyweight.train.loop import Clock, Diverged
 from flyweight.train.platform import cores
 
-# Training pictures that place the ranges; and of them those that give largest activations and mean errors.
+# Training pictures that place the ranges; and of them those that give largest activations, mean errors and those of
+# single layers.
 CALIBRATED, LOOKED_INTO = 256, 64
 MOST_FLOAT = 1 / 3  # of the layers
 RATES = (0.005, 0.0005)  # of learning, in the fine-tuning
@@ -354,7 +355,7 @@ def _with_float_layers(search: _Search) -> Iterator[Way]:
     def ways(scheme: int8.Scheme) -> Iterator[Way]:
         nearest = search.nearest(scheme)
         way = replace(nearest, form=nearest.form.source or nearest.form)
-        worst = list(errors(way, search.pictures, search.true_here))
+        worst = list(errors(way, search.pictures[:LOOKED_INTO], search.true_here[:LOOKED_INTO]))
         for count in range(1, int(MOST_FLOAT * len(worst)) + 1):
             mixed = replace(way, kept=tuple(worst[:count]))
             yield mixed if nearest.form.source is None else search.corrected(mixed)
