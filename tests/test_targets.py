@@ -5,7 +5,9 @@ import json
 import sys
 import textwrap
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from torch import nn
 
 from flyweight.bench import engines as bench_engines
 from flyweight.bench.engines import engine, engines, lacking, read_export
+from flyweight.blocks import Classifier, DepthwiseSeparable, Fire, InvertedResidual, Options, Residual, Row, module
 from flyweight.create import create_model
 from flyweight.data import Dataset, open_source, prepare
 from flyweight.errors import ParityError, UsageError
@@ -32,25 +35,27 @@ from flyweight.preprocess import Preprocess
 from flyweight.run import classifier
 from flyweight.train.loop import logits
 from flyweight.weights import net_bytes
+from flyweight.zoo import shufflenet_v1, shufflenet_v2
 
 SIDE = 64
-# One network of each block type.
-NETS = {
-    "plain": ("nin", {"norm": "batch"}),
-    "fire": ("squeezenet1_1", {"norm": "batch"}),
-    "depthwise separable": ("mobilenet_v1", {}),
-    "inverted residual": ("mobilenet_v2", {}),
-    "squeeze-and-excitation": ("mobilenet_v3_small", {}),
-    "grouped shuffle": ("shufflenet_v1_g3", {}),
-    "split shuffle": ("shufflenet_v2", {}),
-    "residual": ("resnet18", {}),
-    "grouped residual": ("resnext50_32x4d", {}),
-    "separable residual": ("xception", {}),
-    "branches": ("googlenet", {}),
-    "atrous": ("aligned_xception", {}),
+PLAIN = Options()
+SE = Options(act="hardswish", gate="hardsigmoid", se=0.25)
+SPLIT: Row = [[(8, 1)], [(8, 1), (8, 3)], [partial(nn.MaxPool2d, 3, 1, 1), (8, 1)]]
+# One network of each block type, behind a stem of 16 channels: the block and its output channels.
+BLOCKS: dict[str, Callable[[], tuple[nn.Module, int]]] = {
+    "convolution": lambda: (PLAIN.conv(16, 24), 24),
+    "mlpconv": lambda: (nn.Sequential(PLAIN.conv(16, 24, 5), PLAIN.conv(24, 24, 1), PLAIN.conv(24, 24, 1)), 24),
+    "fire": lambda: (Fire(PLAIN, 16, 8, (12, 12)), 24),
+    "depthwise separable": lambda: (DepthwiseSeparable(PLAIN, 16, 24, 2), 24),
+    "inverted residual": lambda: (Residual(InvertedResidual(PLAIN, 16, 48, 16)), 16),
+    "squeeze-and-excitation": lambda: (InvertedResidual(SE, 16, 48, 24, 5, 2), 24),
+    "grouped shuffle": lambda: (shufflenet_v1.unit(PLAIN, 16, 48, 4, 2, False, True), 48),
+    "split shuffle": lambda: (shufflenet_v2.unit(PLAIN, 16, 16, 1), 16),
+    "residual": lambda: (Residual(nn.Sequential(PLAIN.conv(16, 16), PLAIN.conv(16, 16, act=False)), act=nn.ReLU()), 16),
+    "grouped residual": lambda: (Residual(PLAIN.conv(16, 16, groups=4, act=False), act=nn.ReLU()), 16),
+    "separable residual": lambda: (Residual(PLAIN.separable(16, 24, act=False), PLAIN.conv(16, 24, 1, act=False)), 24),
+    "branches": lambda: module(PLAIN, 16, SPLIT),
 }
-# What ExecuTorch's quantiser takes tens of seconds for.
-SLOW_INT8 = set(NETS) - {"depthwise separable"}
 SHARED_MEAN = Preprocess((SIDE, SIDE), 3, (120.0,) * 3, (64.0,) * 3)
 IMAGENET = Preprocess((SIDE, SIDE), 3, (123.675, 116.28, 103.53), (58.395, 57.12, 57.375))
 
@@ -98,11 +103,8 @@ def between(apart: torch.Tensor) -> torch.Tensor:
     return (ordered[at] + ordered[at + 1]) / 2
 
 
-def made(name: str, preprocess: Preprocess, pictures: tuple[Dataset, Dataset]) -> Net:
-    """A small network with random weights and statistics of real pictures; neither answer prevails."""
-    model, args = NETS[name]
-    torch.manual_seed(3)
-    net = create_model(model, num_classes=2, width=0.25, size=SIDE, **args)
+def settled(net: nn.Module, preprocess: Preprocess, pictures: tuple[Dataset, Dataset]) -> nn.Module:
+    """The network with statistics of real pictures in its norms; neither answer prevails."""
     with torch.no_grad():
         net.train()
         for leaf in net.modules():
@@ -113,7 +115,7 @@ def made(name: str, preprocess: Preprocess, pictures: tuple[Dataset, Dataset]) -
         net((x - mean) / std)
         net.eval()
         outputs = net((x - mean) / std)
-        last = [leaf for leaf in net.modules() if isinstance(leaf, nn.Linear | nn.Conv2d)][-1]
+        last = [leaf for leaf in net.modules() if isinstance(leaf, nn.Linear)][-1]
         apart = outputs[:, 0] - outputs[:, 1]
         assert last.bias is not None
         last.weight.mul_(3 / apart.std())
@@ -122,7 +124,14 @@ def made(name: str, preprocess: Preprocess, pictures: tuple[Dataset, Dataset]) -
     return net
 
 
-@pytest.mark.parametrize("name", NETS)
+def made(name: str, preprocess: Preprocess, pictures: tuple[Dataset, Dataset]) -> nn.Module:
+    """A block between a stem and a classifier, with random weights."""
+    torch.manual_seed(3)
+    block, channels = BLOCKS[name]()
+    return settled(nn.Sequential(PLAIN.conv(3, 16, 3, 2), block, Classifier(channels, 2)), preprocess, pictures)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("to", targets())
 def test_a_target_answers_as_the_network_does(to: str, name: str, pictures: tuple[Dataset, Dataset]) -> None:
     if not usable(to):
@@ -135,13 +144,11 @@ def test_a_target_answers_as_the_network_does(to: str, name: str, pictures: tupl
     found = answers(engine(targets()[to].ENGINE).start(exported, 1), subject.validation, preprocess)
     assert gate(subject.reference, found, subject.validation, is_float=True).passed
     np.testing.assert_allclose(found, subject.reference, atol=2e-3)
-    if to == "executorch" and name in SLOW_INT8:
-        return
     small = subject.task.quantised(int8.schemes()[0], subject.train.batch(SIDE, range(32)))
     exported = targets()[to].export(small)
     found = answers(engine(targets()[to].ENGINE).start(exported, 1), subject.validation, preprocess)
-    assert (found.argmax(1) == subject.validation.labels).mean() > 0.8
-    assert np.abs(found - subject.reference).mean() < 0.1
+    # Random weights tell pictures apart by little, which is scaled up to answers: ranks hold, not every answer.
+    assert np.corrcoef(found[:, 0], subject.reference[:, 0])[0, 1] > 0.8
     assert exported.name.startswith("model_int8") or to == "web"
 
 
@@ -200,7 +207,9 @@ def test_the_gate_stops_planted_faults(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, photographs: Path, pictures: tuple[Dataset, Dataset]) -> Path:
     """What a finished run's folder must hold to be exported."""
-    folder, net = tmp_path_factory.mktemp("run"), made("depthwise separable", SHARED_MEAN, pictures)
+    folder = tmp_path_factory.mktemp("run")
+    net = settled(create_model("mobilenet_v1", num_classes=2, width=0.25, size=SIDE), SHARED_MEAN, pictures)
+    assert isinstance(net, Net)
     (folder / "model.safetensors").write_bytes(net_bytes(net, SHARED_MEAN, pictures[0].classes))
     job = {"source": str(photographs), "seed": 0, "skip_corrupt": False}
     (folder / "run.json").write_text(json.dumps(job), encoding="utf-8")
