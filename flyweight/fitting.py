@@ -10,6 +10,7 @@ from flyweight import __version__, shipping, stages
 from flyweight.data import Source, Splits, absolute, open_source, prepare
 from flyweight.data.split import held_out_count
 from flyweight.errors import ParityError
+from flyweight.export.verify import Parity
 from flyweight.job import FILE, Job, Stopwatch, check_free, guarded, load, new_folder
 from flyweight.records import Listener, Records, decoding, seconds_spent
 from flyweight.run import Run
@@ -195,9 +196,14 @@ def _carry_out(work: stages.Work) -> Run:
         raise ParityError(
             f"the exported file agrees with the trained network on {100 * parity.agreement:.2f} % of {parity.n} "
             f"validation pictures ({100 * parity.exported_top1:.2f} % right against "
-            f"{100 * parity.pytorch_top1:.2f} %), outside the tolerance of {100 * parity.tolerance:.2f} points; "
-            f"nothing was shipped, the records are in {work.folder}"
+            f"{100 * parity.pytorch_top1:.2f} %), outside the tolerance of {100 * parity.tolerance:.2f} points"
+            f"{_apart(parity)}; nothing was shipped, the records are in {work.folder}"
         )
     shipping.finish(work, pool, winner, net, preprocess, shipped, counted)
     shutil.rmtree(work.folder / "state", ignore_errors=True)
     return Run(work.folder)
+
+
+def _apart(parity: Parity) -> str:
+    """The picture that shows it best."""
+    return f", or with probabilities up to {parity.worst['difference']:.2g} apart" if parity.worst else ""

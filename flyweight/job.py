@@ -30,11 +30,11 @@ class Job:
     version: str
     command: str
     pretrained: str | None = None
-    engine: str = "onnxruntime"
-    device: str | None = None
     weights: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
     verb: str = "fit"
+    engine: str = "onnxruntime"
+    device: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As in run.json."""

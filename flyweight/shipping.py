@@ -171,7 +171,9 @@ def _packed_network(work: Work, net: Net, preprocess: Preprocess, counted: NetCo
 def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Parity:
     """The parity gate over all validation pictures, read anew from their sources."""
     validation = work.splits.validation
-    reference = logits(net, validation, preprocess).softmax(1).numpy()
+    outputs = logits(net, validation, preprocess)
+    degree = temperature(outputs.numpy(), validation.labels)  # as it was exported with
+    reference = (outputs / degree).softmax(1).numpy()
     with _running(shipped) as run:
         exported = answers(run, validation, preprocess)
     parity = gate(reference, exported, validation, shipped.format.startswith(FLOAT))

@@ -1,6 +1,7 @@
 """What is installed: the version, the files in the wheel, the pins, and the data of the demo."""
 
 import gzip
+import itertools
 import re
 import subprocess
 import sys
@@ -64,8 +65,8 @@ def test_the_wheel_holds_every_file_of_the_package(wheel: Path) -> None:
 
 def test_every_direct_dependency_is_pinned() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    asked = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
-    names = {re.split(r"[^\w.-]", requirement)[0] for requirement in asked}
+    asked = [*project["dependencies"], *itertools.chain(*project["optional-dependencies"].values())]
+    names = {re.split(r"[^\w.-]", requirement)[0] for requirement in asked} - {project["name"]}
     lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
     pins = [line.split(" ;")[0] for line in lines if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", pin) for pin in pins)
