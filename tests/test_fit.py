@@ -90,7 +90,7 @@ def test_it_leaves_what_is_documented(finished: tuple[flyweight.Run, Path]) -> N
     documented = (Path(__file__).parents[1] / "docs" / "run-folder.md").read_text(encoding="utf-8")
     assert left == {
         "model.onnx", "model.safetensors", "config.json", "predict.py", "result.json", "records.jsonl", "report.html",
-        "environment.json", "MODEL_CARD.md", "run.json",
+        "environment.json", "MODEL_CARD.md", "run.json", "card.json",
     }  # fmt: skip
     assert all(f"`{name}`" in documented for name in left)
     for kind in {record["kind"] for record in read_records(run.folder / "records.jsonl")}:
@@ -124,7 +124,7 @@ def test_the_result_is_complete_and_consistent(finished: tuple[flyweight.Run, Pa
 
 def test_it_ends_in_time(finished: tuple[flyweight.Run, Path]) -> None:
     result = finished[0].result
-    assert result["seconds"]["total"] <= 2 * result["time_limit"], "a hang, not a slow machine, is what this notices"
+    assert result["seconds"]["total"] <= 3 * result["time_limit"], "a hang, not a slow machine, is what this notices"
 
 
 def test_what_ships_is_what_was_trained(finished: tuple[flyweight.Run, Path]) -> None:

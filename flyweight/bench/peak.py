@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 from flyweight.bench.engines.onnxruntime import session
 from flyweight.exported import FLOAT
 
-SIDE, RUNS = 1024, 7
+SIDE, RUNS = 512, 15
 INT8 = "int8"
 
 
