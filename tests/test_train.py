@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,9 +206,15 @@ def test_a_signal_waits_for_the_end_of_the_step() -> None:
     with signals_between_steps() as signals:
         assert not signals.came
         os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 5
+        while (
+            not signals.came and time.monotonic() < end
+        ):  # it may come by way of another thread, and so a little later
+            time.sleep(0.01)
         assert signals.came
         with pytest.raises(KeyboardInterrupt):  # the second does not wait
             os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
