@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -201,20 +202,27 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(splits, tmp_path:
     assert same(whole.net, rest.net)
 
 
+def arrives(what: Callable[[], bool]) -> None:
+    """A signal may come by way of another thread, and so a little later."""
+    end = time.monotonic() + 5
+    while not what() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert what()
+
+
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+
+
 def test_a_signal_waits_for_the_end_of_the_step() -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with signals_between_steps() as signals:
         assert not signals.came
         os.kill(os.getpid(), signal.SIGTERM)
-        end = time.monotonic() + 5
-        while (
-            not signals.came and time.monotonic() < end
-        ):  # it may come by way of another thread, and so a little later
-            time.sleep(0.01)
-        assert signals.came
+        arrives(lambda: signals.came)
         with pytest.raises(KeyboardInterrupt):  # the second does not wait
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
+            interrupt()
     assert signal.getsignal(signal.SIGTERM) is handler
 
 
