@@ -46,7 +46,6 @@ FIRST_PRICE, STRIDE = 1e-7, math.log(20)
 # Of a size: what a price is to give, what is near enough, and near enough where the time is over.
 AIM, ENOUGH, ROUGHLY = 0.997, 0.992, 0.9
 BATCH = 16
-NEAR = 0.05  # of a size, by which an estimate may exceed it before the file itself is measured
 TRAINED_STEP = 4  # of a grid's step, to multiples of whose quarter training moves the values
 TRAINED_BITS = 4  # that a value may then take more
 
@@ -380,7 +379,7 @@ class Cluster:
             codes = all_coded(layers, price, self.levels)
             more = spare * sum(len(np.unique(code.places)) for code in codes.values())
             estimate = sum(code.bits for code in codes.values()) / 8 + more
-            if trial == 0 or estimate + rest < (1 + NEAR) * self.size:  # nothing is taken that was not measured
+            if trial == 0 or estimate < self.size:  # what is beside the codes changes with the price
                 put(net, layers, codes)
                 rest = size_of(net, context) + more - estimate
             tried = at, math.log(estimate + rest)
