@@ -28,7 +28,7 @@ from flyweight.costs import cost
 from flyweight.data import open_source, prepare
 from flyweight.export.task import Task
 from flyweight.export.verify import answers
-from flyweight.exporting import Outcome, Subject, prove
+from flyweight.exporting import Outcome, Subject, outcomes
 from flyweight.foreign import read_weights, take
 from flyweight.preprocess import Preprocess
 from flyweight.search.meter import AUTO, engines_for
@@ -65,15 +65,18 @@ def subject_of(name: str, weights: Path, flowers: str) -> tuple[Subject, Any]:
 
 
 def exported(subject: Subject, names: Sequence[str], seconds: float) -> list[Outcome]:
-    """Each engine's file in both precisions, the one that keeps enough of the answers, else the nearest."""
+    """Each engine's file in both precisions: the fastest that keeps enough of the answers, else the nearest."""
     found = []
     forms = subject.forms(subject.repaired(seconds, limit=1 - KEPT))
-    for name in names:
-        for tasks in forms.values():
-            outcome = prove(name, tasks, subject, tolerance=1 - KEPT)
-            print(f"{name}: {outcome.told}{'' if outcome.proven else ' (too few)'}", file=sys.stderr, flush=True)
-            found += [outcome] if outcome.exported else []
+    for outcome in outcomes(subject, names, forms, tolerance=1 - KEPT, say=say):
+        say(f"{outcome.told}{'' if outcome.proven else ' (too few)'}")
+        found += [outcome] if outcome.exported else []
     return found
+
+
+def say(text: str) -> None:
+    """Beside the table."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def tested(outcome: Outcome, test: Any, true: np.ndarray) -> float:
@@ -92,7 +95,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--repair", type=float, default=150.0, help="seconds for int8 that keeps enough")
+    parser.add_argument("--repair", type=float, default=300.0, help="seconds for int8, half for fine-tuning")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
@@ -116,7 +119,6 @@ def measured(subject: Subject, test: Any, found: Sequence[Outcome], asked: argpa
     entries = [Entry(each.engine, each.exported, asked.threads) for each in found if each.exported]
     entries += entries_of([as_it_is(subject)], reference, [asked.threads])
     pixels = subject.validation.batch(subject.task.preprocess.size[0], range(32))
-    say = lambda text: print(text, file=sys.stderr, flush=True)  # noqa: E731
     first = race(entries, pixels, asked.seconds, asked.rounds, (1, 8, 32), say)
     second = race(entries, pixels, asked.seconds, asked.rounds, (), say)
     shipped = min((i for i, each in enumerate(found) if each.proven), key=lambda i: first[i].p50)

@@ -17,7 +17,7 @@ from flyweight.costs import cost
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.export.targets import targets
 from flyweight.exported import FLOAT, Exported
-from flyweight.exporting import FORMATS, Outcome, Say, Subject, open_subject, outcomes, teller, usable
+from flyweight.exporting import FORMATS, REPAIR_SECONDS, Outcome, Say, Subject, open_subject, outcomes, teller, usable
 from flyweight.net import Net
 from flyweight.records import Listener
 from flyweight.search.meter import BROWSER
@@ -66,18 +66,19 @@ def bench(paths: Sequence[Path], request: Request, listener: Listener | None = N
 
 def _network(path: Path, chosen: Sequence[str], request: Request, listener: Listener | None) -> dict[str, Any]:
     subject, say = open_subject(path, request.data, listener), teller(listener)
-    wanted = usable([each.NAME for each in targets().values() if each.ENGINE in chosen and each.ENGINE != BROWSER])
+    wanted = [name for name in chosen if name != BROWSER and engines()[name].TARGET in targets()]
+    usable([engines()[name].TARGET for name in wanted])
     proven: list[Outcome] = []
-    for outcome in outcomes(subject, wanted, FORMATS, say=say):
+    for outcome in outcomes(subject, wanted, subject.made(FORMATS, REPAIR_SECONDS, say), say=say):
         say(outcome.told)
         proven += [outcome] if outcome.proven else []
     timings = race_of(subject, proven, chosen, request, say)
     assert isinstance(subject.task.net, Net)
     made = card(cost(subject.task.net), timings, {threads: peaks(threads) for threads in request.threads})
     made = {"model": str(path), "environment": environment(request.threads[0]), **made}
-    agreement = {(each.target, each.format): each.parity.agreement for each in proven if each.parity}
+    agreement = {(each.engine, each.format): each.parity.agreement for each in proven if each.parity}
     for row in made["engines"]:
-        row["agreement"] = agreement.get((row["target"], row["format"]), 1.0)
+        row["agreement"] = agreement.get((row["engine"], row["format"]), 1.0)
     if path.is_dir():
         write_json(path / CARD, made)
     return made
@@ -86,9 +87,10 @@ def _network(path: Path, chosen: Sequence[str], request: Request, listener: List
 def race_of(
     subject: Subject, proven: Sequence[Outcome], chosen: Sequence[str], request: Request, say: Say
 ) -> list[Timing]:
-    """All proven files of a network, and the network itself, in the chosen engines that run them."""
-    files = [each.exported for each in proven if each.exported is not None]
-    entries = entries_of([as_it_is(subject), *files], chosen, request.threads)
+    """All proven files of a network, each in its engine, and the network itself in those of PyTorch."""
+    pairs = [(each.engine, each.exported) for each in proven if each.exported]
+    entries = [Entry(*pair, count) for pair in pairs for count in request.threads]
+    entries += entries_of([as_it_is(subject)], chosen, request.threads)
     pixels = subject.validation.batch(subject.task.preprocess.size[0], range(min(32, len(subject.validation))))
     return race(entries, pixels, request.seconds, request.rounds, request.batches, say)
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from flyweight.bench.engines import engines, lacking, read_export
+from flyweight.bench.engines import engines, lacking, precision, read_export
 from flyweight.bench.race import Entry, Runner
-from flyweight.compress.precision import CLOSE
+from flyweight.compress.precision import CLOSE, NOTABLY
 from flyweight.compress.repair import Attempt, Repair, Repaired, repair
 from flyweight.compress.step import Context, repair_recipe
 from flyweight.data import Dataset, open_source, prepare
@@ -36,8 +36,11 @@ from flyweight.weights import load_net, load_preprocess, read_tensors
 
 INT8 = "int8"
 FORMATS = (FLOAT, INT8)
-# Of the int8 forms, how many a target tries until one holds: its kernels round otherwise than those they were made for.
+# Of the int8 forms, how many an engine tries: its kernels round otherwise than those they were made for, and are fast
+# for others.
 FORMS = 3
+PROBE_SECONDS = 0.1  # of measuring each
+REPAIR_SECONDS = 60.0  # for an int8 that holds
 MOST_SAID = 300  # characters of what a converter says
 Say = Callable[[str], None]
 
@@ -58,17 +61,38 @@ class Subject:
         return torch.softmax(outputs / self.task.temperature, 1).numpy()
 
     def repaired(self, seconds: float, limit: float = CLOSE) -> Repaired:
-        """Its int8 forms as ONNX files, repaired for so many seconds where they lose more than `limit` of accuracy."""
+        """Its int8 forms as ONNX files, repaired for so many seconds where they lose more than `limit` of accuracy.
+
+        Half of that is for the fine-tuning. Of few pictures one wrong is no loss to speak of.
+        """
         preprocess, recipe = self.task.preprocess, repair_recipe(self.task.preprocess.size[0])
         context = Context(self.train, self.validation, preprocess, recipe, seed=self.seed, threads=cores())
-        return repair(self.task.net, context, Repair(limit=limit, seconds=seconds, temperature=self.task.temperature))
+        settings = Repair(
+            limit=max(limit, 1 / len(self.validation)),
+            seconds=seconds / 2,
+            fine_tune=seconds / 2,
+            temperature=self.task.temperature,
+        )
+        return repair(self.task.net, context, settings)
 
-    def forms(self, found: Repaired, formats: Sequence[str] = FORMATS) -> dict[str, list[Task]]:
-        """By precision, its forms for any target: of int8 what ships for ONNX Runtime, then the nearest."""
+    def forms(self, found: Repaired) -> dict[str, list[Task]]:
+        """By precision, its forms for any engine.
+
+        Of int8 what ships for ONNX Runtime, the nearest of signed and of unsigned activations, then those next to it.
+        """
         ways = sorted((each for each in found.attempts if each.way), key=lambda each: each.divergence)
         ways.sort(key=lambda each: each is not found.chosen)
-        forms = {FLOAT: [self.task], INT8: [self._form(each) for each in ways[:FORMS]]}
-        return {format: forms[format] for format in formats}
+        first = {each.way.scheme.signed: each for each in reversed(ways) if each.way}
+        picked = [each for each in ways if each in (found.chosen, *first.values())]
+        picked += [each for each in ways if each not in picked]
+        return {FLOAT: [self.task], INT8: [self._form(each) for each in picked[:FORMS]]}
+
+    def made(self, formats: Sequence[str], seconds: float, say: "Say") -> dict[str, list[Task]]:
+        """Its forms in the precisions that are asked for; int8 may be repaired for so many seconds."""
+        if INT8 not in formats:
+            return {FLOAT: [self.task]}
+        say("quantising")
+        return {format: tasks for format, tasks in self.forms(self.repaired(seconds)).items() if format in formats}
 
     def _form(self, attempt: Attempt) -> Task:
         way = attempt.way
@@ -134,7 +158,10 @@ def _named_by(net: Net, data: Dataset, preprocess: Preprocess, classes: tuple[st
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one target in one precision; `exported` is None where it could not be made, as `failed` says."""
+    """What became of a file for one engine; `exported` is None where it could not be made, as `failed` says.
+
+    `ms` is a first measurement of one picture.
+    """
 
     target: str
     engine: str
@@ -142,6 +169,7 @@ class Outcome:
     seconds: float
     exported: Exported | None = None
     parity: Parity | None = None
+    ms: float = float("inf")
     failed: str = ""
 
     @property
@@ -169,16 +197,17 @@ class Outcome:
 
 
 def prove(engine: str, tasks: Sequence[Task], subject: Subject, tolerance: float | None = None) -> Outcome:
-    """The first of several forms of a network that answers in an engine as the network does; else the nearest."""
-    nearest: Outcome | None = None
-    for task in tasks if target(engines()[engine].TARGET).QUICK else tasks[:1]:
-        outcome = _proof(engine, task, subject, tolerance)
-        if outcome.proven:
-            return outcome
-        if nearest is None or _agreement(outcome) > _agreement(nearest):
-            nearest = outcome
-    assert nearest is not None
-    return nearest
+    """Of several forms of a network the fastest that answers in an engine as the network does; else the nearest.
+
+    Of several about as fast it is the first.
+    """
+    tried = tasks if target(engines()[engine].TARGET).QUICK else tasks[:1]
+    found = [_proof(engine, task, subject, tolerance) for task in tried]
+    proven = [each for each in found if each.proven]
+    if not proven:
+        return max(found, key=_agreement)
+    bar = min(each.ms for each in proven)
+    return next(each for each in proven if NOTABLY * each.ms <= bar)
 
 
 def _agreement(outcome: Outcome) -> float:
@@ -196,12 +225,15 @@ def _proof(engine: str, task: Task, subject: Subject, tolerance: float | None) -
         with tempfile.TemporaryDirectory() as folder, Runner(Entry(engine, exported, cores()), Path(folder)) as run:
             stated = read_export(run.path).preprocess  # what a reader of the written files will do to his pictures
             found = answers(run, subject.validation, stated)
+            first = subject.validation.batch(task.preprocess.size[0], [0])
+            ms = float(np.median(run.timed(first, PROBE_SECONDS)["ms"]))
     except UsageError:
         raise
     except Exception as error:  # converters raise their own classes, and often at length
         return outcome(failed=" ".join(str(error).split())[:MOST_SAID] or type(error).__name__)
-    parity = gate(subject.reference, found, subject.validation, task.int8 is None, tolerance)
-    return outcome(exported=exported, parity=parity)
+    exact = precision(engine, task.format) == FLOAT
+    parity = gate(subject.reference, found, subject.validation, exact, tolerance)
+    return outcome(exported=exported, parity=parity, ms=ms)
 
 
 def usable(names: Sequence[str]) -> list[Target]:
@@ -221,22 +253,17 @@ def _lack(to: Target) -> str | None:
 
 def outcomes(
     subject: Subject,
-    to: Sequence[Target],
-    formats: Sequence[str] = FORMATS,
-    seconds: float = 60.0,
+    names: Sequence[str],
+    forms: Mapping[str, Sequence[Task]],
     tolerance: float | None = None,
     say: Say = print,
 ) -> Iterator[Outcome]:
-    """Each target in each precision, proven or not, as they come; int8 may be repaired for `seconds`."""
-    forms = {FLOAT: [subject.task]}
-    if INT8 in formats:
-        say("quantising")
-        forms = subject.forms(subject.repaired(seconds), formats)
-    for each in to:
-        for format in formats:
-            if format == FLOAT or each.INT8:
-                say(f"exporting to {each.NAME}, {format}")
-                yield prove(each.ENGINE, forms[format], subject, tolerance)
+    """A file for each engine in each precision, proven or not, as they come."""
+    for name in names:
+        for format, tasks in forms.items():
+            if format == FLOAT or target(engines()[name].TARGET).INT8:
+                say(f"exporting for {name}, {format}")
+                yield prove(name, tasks, subject, tolerance)
 
 
 def export_run(
@@ -261,7 +288,8 @@ def export_run(
     say = teller(listener)
     subject = open_subject(path, data, listener)
     found: list[Outcome] = []
-    for outcome in outcomes(subject, chosen, formats, tolerance=tolerance, say=say):
+    forms = subject.made(formats, REPAIR_SECONDS, say)
+    for outcome in outcomes(subject, [each.ENGINE for each in chosen], forms, tolerance, say):
         say(outcome.told)
         found.append(outcome)
         if outcome.proven:

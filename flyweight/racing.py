@@ -10,7 +10,7 @@ from flyweight.compress.repair import Repaired
 from flyweight.costs import NetCost
 from flyweight.errors import ParityError
 from flyweight.exported import FLOAT, Exported
-from flyweight.exporting import Outcome, Subject, prove
+from flyweight.exporting import Outcome, Subject, outcomes
 from flyweight.search.meter import DEFAULT
 from flyweight.stages import Work
 
@@ -46,13 +46,11 @@ def _fastest(variants: list[Variant]) -> list[Variant]:
 
 def _proven(work: Work, subject: Subject, repaired: Repaired) -> list[Outcome]:
     """The network for every other engine, in both precisions, where its answers hold."""
-    forms, found = subject.forms(repaired), []
-    for name in [each for each in work.engines if each != DEFAULT]:
-        for tasks in forms.values():
-            work.records.progress(f"exporting for {name}", 0.0)
-            outcome = prove(name, tasks, subject)
-            work.records.say(f"{'' if outcome.proven else 'left out: '}{outcome.told}")
-            found += [outcome] if outcome.proven else []
+    others, found = [each for each in work.engines if each != DEFAULT], []
+    say = lambda said: work.records.progress(said, 0.0)  # noqa: E731
+    for outcome in outcomes(subject, others, subject.forms(repaired), say=say):
+        work.records.say(f"{'' if outcome.proven else 'left out: '}{outcome.told}")
+        found += [outcome] if outcome.proven else []
     return found
 
 

@@ -65,7 +65,7 @@ def compress(work: Work, net: Net, preprocess: Preprocess) -> tuple[Net, Variant
     if work.engines != (DEFAULT,) or work.device:
         variants = raced(work, subject, repaired, variants, counted)
     if DEFAULT in work.engines and _too_large(work, variants):
-        int8 = best([each for each in variants if each.format != FLOAT and each.agrees])
+        int8 = best([each for each in variants if each.exported is None and each.format != FLOAT and each.agrees])
         variants += [] if int8 is None else [_packed(work, int8)]
     if DEFAULT in work.engines and _too_large(work, variants):
         try:
@@ -111,7 +111,7 @@ def _float_variant(work: Work, data: bytes, answered: np.ndarray, preprocess: Pr
     """A float32 file that is no attempt of a repair, measured in the same way."""
     validation, size = work.splits.validation, preprocess.size[0]
     found = prepared_answers(engine.load(data, cores()), validation, size).argmax(axis=1)
-    parity = compare(answered, found, validation.labels, is_float=True)
+    parity = compare(answered, found, validation.labels, exact=True)
     speed = latency(data, validation.batch(size, [0]), work.job.threads, RACE_SECONDS)
     measured = measures(counted, FLOAT, len(data), speed.p50, parity.exported_top1)
     return Variant(FLOAT, data, speed, parity.exported_top1, measured, work.budget.excess(measured), parity.passed)
@@ -176,7 +176,7 @@ def verify(work: Work, net: Net, preprocess: Preprocess, shipped: Variant) -> Pa
     reference = (outputs / degree).softmax(1).numpy()
     with _running(shipped) as run:
         exported = answers(run, validation, preprocess)
-    parity = gate(reference, exported, validation, shipped.format.startswith(FLOAT))
+    parity = gate(reference, exported, validation, shipped.precision.startswith(FLOAT))
     work.records.write("parity", **parity.to_json())
     work.watch.ends("verify")
     return parity

@@ -168,7 +168,7 @@ def test_the_gate_lets_the_truth_pass_and_stops_planted_faults(fault: str, pictu
         fault, run
     )
     exported = answers(feed, pictures, GREY).argmax(1)
-    parity = compare(reference, exported, reference, is_float=True)
+    parity = compare(reference, exported, reference, exact=True)
     assert parity.passed == (fault == "none")
 
 
@@ -176,11 +176,11 @@ def test_int8_may_lose_a_point_but_not_more() -> None:
     truth = np.zeros(10_000, int)
     lossy = truth.copy()
     lossy[:90] = 1
-    assert compare(truth, lossy, truth, is_float=False).passed
+    assert compare(truth, lossy, truth, exact=False).passed
     lossy[:150] = 1
-    assert not compare(truth, lossy, truth, is_float=False).passed
+    assert not compare(truth, lossy, truth, exact=False).passed
     # Of ten pictures, one wrong is no more than chance: the paired interval decides.
-    assert compare(truth[:10], np.eye(1, 10, dtype=int)[0], truth[:10], is_float=False).passed
+    assert compare(truth[:10], np.eye(1, 10, dtype=int)[0], truth[:10], exact=False).passed
 
 
 def test_the_temperature_is_found() -> None:

@@ -148,7 +148,7 @@ def test_a_target_answers_as_the_network_does(to: str, name: str, pictures: tupl
     assert counts.min() > 0.1 * counts.sum()
     exported = targets()[to].export(subject.task)
     found = answers(engine(targets()[to].ENGINE).start(exported, 1), subject.validation, preprocess)
-    assert gate(subject.reference, found, subject.validation, is_float=True).passed
+    assert gate(subject.reference, found, subject.validation, exact=True).passed
     np.testing.assert_allclose(found, subject.reference, atol=2e-3)
     if to == "executorch" and name not in QUANTISED_SLOWLY:
         return
@@ -311,7 +311,7 @@ def test_a_new_target_and_a_new_engine_are_one_file_each(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of TorchScript
             found = answers(engine("torchscript").start(exported, 1), subject.validation, IMAGENET)
-        assert gate(subject.reference, found, subject.validation, is_float=True).passed
+        assert gate(subject.reference, found, subject.validation, exact=True).passed
     finally:
         targets.cache_clear()
         engines.cache_clear()

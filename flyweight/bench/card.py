@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from flyweight.bench.engines import precision
 from flyweight.bench.peak import INT8
 from flyweight.bench.race import Timing
 from flyweight.costs import NetCost
@@ -31,5 +32,6 @@ def card(counted: NetCost, timings: Sequence[Timing], peak: Mapping[int, Mapping
 def _share(macs: int, timing: Timing, peak: Mapping[int, Mapping[str, float]]) -> float | None:
     if timing.failed or timing.threads not in peak:
         return None
-    rate = peak[timing.threads][FLOAT if timing.format == FLOAT else INT8]
+    used = precision(timing.engine, timing.format)
+    rate = peak[timing.threads][used if used in peak[timing.threads] else INT8]
     return round(1000 * macs / (timing.p50 * rate), 4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from flyweight.bench.engines import precision
 from flyweight.bench.measure import Latency
 from flyweight.costs import NetCost
 from flyweight.exported import FLOAT, Exported
@@ -34,6 +35,11 @@ class Variant:
     """The packed file that ships in place of the model."""
     exported: Exported | None = None
     """What ships in place of the model, for another runtime than ONNX Runtime."""
+
+    @property
+    def precision(self) -> str:
+        """What its layers are computed in."""
+        return precision(self.latency.engine, self.format)
 
     @property
     def size(self) -> int:
@@ -76,7 +82,8 @@ def choose(variants: Sequence[Variant]) -> Variant:
     """The variant to ship, with every variant's `why` filled in.
 
     Only what agrees with the trained network can ship. Of what does and meets the budget (else misses it by the least),
-    int8 is preferred while it loses at most a point of validation accuracy to float32 and is not slower here.
+    int8 or bfloat16 is preferred while it loses at most a point of validation accuracy to float32 and is not slower
+    here.
     """
     usable = [variant for variant in variants if variant.agrees] or list(variants)
     least = min(variant.excess for variant in usable)
@@ -86,9 +93,9 @@ def choose(variants: Sequence[Variant]) -> Variant:
             variant.why = "its answers differ too much from the trained network's"
         elif variant.excess > least:
             variant.why = "outside the budget"
-    int8 = best([variant for variant in fitting if variant.format != FLOAT])
-    full = best([variant for variant in fitting if variant.format == FLOAT])
-    chosen = _float_or_int8(full, int8)
+    rounded = best([variant for variant in fitting if variant.precision != FLOAT])
+    full = best([variant for variant in fitting if variant.precision == FLOAT])
+    chosen = _full_or_rounded(full, rounded)
     for variant in fitting:
         variant.why = variant.why or _compared(variant, chosen)
     return chosen
@@ -103,25 +110,24 @@ def best(variants: Sequence[Variant]) -> Variant | None:
     return max(near, key=lambda variant: (variant.val_top1, -variant.latency.p50), default=None)
 
 
-def _float_or_int8(full: Variant | None, int8: Variant | None) -> Variant:
-    if full is None or int8 is None:
-        only = int8 or full
+def _full_or_rounded(full: Variant | None, rounded: Variant | None) -> Variant:
+    if full is None or rounded is None:
+        only = rounded or full
         assert only is not None
         only.why = "shipped: the only precision within the budget" if full is None else "shipped"
         return only
-    loss = full.val_top1 - int8.val_top1
+    name = rounded.precision.partition(" ")[0]
+    loss = full.val_top1 - rounded.val_top1
     if loss > TOLERATED:
-        full.why = f"shipped: int8 loses {100 * loss:.2f} points"
+        full.why = f"shipped: {name} loses {100 * loss:.2f} points"
         return full
-    if int8.latency.p50 > full.latency.p50:
-        full.why = f"shipped: int8 is slower here ({int8.latency.p50:.3g} ms against {full.latency.p50:.3g} ms)"
+    if rounded.latency.p50 > full.latency.p50:
+        full.why = f"shipped: {name} is slower here ({rounded.latency.p50:.3g} ms against {full.latency.p50:.3g} ms)"
         return full
-    faster = full.latency.p50 / int8.latency.p50
-    smaller = full.size / int8.size
-    int8.why = (
-        f"shipped: {faster:.1f} times faster and {smaller:.1f} times smaller than float32 at {-100 * loss:+.2f} points"
-    )
-    return int8
+    faster, smaller = full.latency.p50 / rounded.latency.p50, full.size / rounded.size
+    size = f" and {smaller:.1f} times smaller" if smaller > 1.05 else ""
+    rounded.why = f"shipped: {faster:.1f} times faster{size} than float32 at {-100 * loss:+.2f} points"
+    return rounded
 
 
 def _compared(variant: Variant, chosen: Variant) -> str:

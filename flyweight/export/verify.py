@@ -58,14 +58,14 @@ def raw_batches(data: Dataset, preprocess: Preprocess) -> Iterator[np.ndarray]:
 
 
 def gate(
-    reference: np.ndarray, exported: np.ndarray, data: Dataset, is_float: bool, tolerance: float | None = None
+    reference: np.ndarray, exported: np.ndarray, data: Dataset, exact: bool, tolerance: float | None = None
 ) -> Parity:
     """`compare` for probabilities [N, classes] of the pictures in `data`, and the worst example.
 
-    Of float32 no probability may differ by more than APART either: few pictures lie so near to the border of two
-    answers that another way to resize shows in these. Answers that are no numbers never pass.
+    Where they are to be exact no probability may differ by more than APART either: few pictures lie so near to the
+    border of two answers that another way to resize shows in these. Answers that are no numbers never pass.
     """
-    parity = compare(reference.argmax(axis=1), exported.argmax(axis=1), data.labels, is_float, tolerance)
+    parity = compare(reference.argmax(axis=1), exported.argmax(axis=1), data.labels, exact, tolerance)
     apart = np.nan_to_num(np.abs(reference - exported).max(axis=1), nan=np.inf)
     at = int(apart.argmax())
     worst = {
@@ -74,25 +74,26 @@ def gate(
         "exported": int(exported[at].argmax()),
         "difference": float(apart[at]),
     }
-    near = apart[at] <= APART if is_float else bool(np.isfinite(exported).all())
+    near = apart[at] <= APART if exact else bool(np.isfinite(exported).all())
     return replace(parity, worst=worst, passed=parity.passed and bool(near))
 
 
 def compare(
-    reference: np.ndarray, exported: np.ndarray, labels: np.ndarray, is_float: bool, tolerance: float | None = None
+    reference: np.ndarray, exported: np.ndarray, labels: np.ndarray, exact: bool, tolerance: float | None = None
 ) -> Parity:
     """The gate over answers [N] of the trained network and of the exported file.
 
-    float32: at least 99.9 % equal answers. int8: accuracy lower by at most one point, or by what the paired 95 %
-    interval cannot tell from nothing, whichever is more; or by at most `tolerance`, where it is given.
+    Exact, as float32 must be: at least 99.9 % equal answers. Else, for int8 and bfloat16: accuracy lower by at most one
+    point, or by what the paired 95 % interval cannot tell from nothing, whichever is more; or by at most `tolerance`,
+    where it is given.
     """
     right, right_too = reference == labels, exported == labels
     difference = right_too.astype(float) - right.astype(float)
     half = Z95 * float(difference.std()) / len(labels) ** 0.5
     mean = float(difference.mean())
     agreement = float((reference == exported).mean())
-    allowed = 1 - AGREEMENT if is_float else max(POINT, half) if tolerance is None else tolerance
-    passed = agreement >= AGREEMENT if is_float else -mean <= allowed
+    allowed = 1 - AGREEMENT if exact else max(POINT, half) if tolerance is None else tolerance
+    passed = agreement >= AGREEMENT if exact else -mean <= allowed
     return Parity(
         n=len(labels),
         agreement=agreement,

@@ -4,7 +4,7 @@ A runtime's file says `NAME`; `TARGET`, whose files it runs; `OPENS`, a suffix o
 that belong to it; `NEEDS`, the modules that must be there; `EXTRA`, what of flyweight to install for them; and
 `start(exported, threads)`, which gives a function from uint8 [N, H, W, C] to probabilities float32 [N, classes]. Where
 modules are not all that is needed, it says `lack()` too: what is missing here, or None; where a file itself says what
-preprocess.json would, `stated(data)`.
+preprocess.json would, `stated(data)`; where it computes float layers in fewer bits than float32, `PRECISION`.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from typing import Protocol, cast
 import numpy as np
 
 from flyweight.errors import UsageError
-from flyweight.exported import Exported, read
+from flyweight.exported import FLOAT, Exported, read
 
 Run = Callable[[np.ndarray], np.ndarray]
 
@@ -75,6 +75,11 @@ def engine(name: str) -> Engine:
     if lack := lacking(found):
         raise UsageError(f"the engine {name} cannot be used: {lack}")
     return found
+
+
+def precision(name: str, format: str = FLOAT) -> str:
+    """What a runtime computes the layers of a file in: "float32", "bfloat16", or as the file's format says."""
+    return getattr(engines()[name], "PRECISION", FLOAT) if format == FLOAT else format
 
 
 def opening(path: Path) -> dict[str, Engine]:
