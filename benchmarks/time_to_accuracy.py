@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from flyweight.cli import read_settings
+from flyweight.cli.options import read_settings
 from flyweight.create import create_model
 from flyweight.data import Dataset, Splits, open_source, prepare
 from flyweight.train.loop import Clock, Training, logits, score, train

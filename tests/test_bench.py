@@ -15,7 +15,7 @@ from flyweight.bench.engines import engine, engines, installed, lacking
 from flyweight.bench.peak import peaks
 from flyweight.bench.race import Entry, Runner, Timing, race
 from flyweight.benching import Request, as_it_is, bench
-from flyweight.cli_runtimes import numbers
+from flyweight.cli.options import numbers
 from flyweight.costs import cost
 from flyweight.create import create_model
 from flyweight.data import open_source, prepare

@@ -10,7 +10,7 @@ CHAIN = [
     "ops", "graph", "channels", "initialise", "blocks", "net", "heads", "adapt", "zoo", "fold", "costs", "weights",
     "transfer", "foreign", "pretrained", "create", "timm_models", "tables", "train", "features", "export", "bench",
     "compress", "evaluation", "search", "profiling", "exporting", "benching", "stages", "racing", "shipping", "teacher",
-    "fitting", "training", "compressing", "sweep", "cli_runtimes", "cli",
+    "fitting", "training", "compressing", "sweep", "cli",
 ]  # fmt: skip
 # Roots that the chain may use and that use none of it.
 ROOTS = {

@@ -1,5 +1,6 @@
 """The budget's grammar, the candidates, and successive halving."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -222,3 +223,12 @@ def test_the_precision_that_ships(variants: list[Variant], ships: str, because: 
     assert shipped.format == ships
     assert because in shipped.why
     assert all(each.why for each in variants)
+
+
+@pytest.mark.parametrize(("loss", "ships"), [(0.008, "openvino-bf16"), (0.012, "onnxruntime")])
+def test_bfloat16_is_chosen_as_int8_is(loss: float, ships: str) -> None:
+    full, half = variant(FLOAT, 0.9, 3), variant(FLOAT, 0.9 - loss, 1)
+    half.latency = replace(half.latency, engine="openvino-bf16")
+    shipped = choose([full, half])
+    assert shipped.latency.engine == ships
+    assert ("3.0 times faster than float32" if shipped is half else "bfloat16 loses 1.20 points") in shipped.why

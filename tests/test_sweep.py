@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from flyweight import fitting, training
-from flyweight.cli import read_value, read_values
+from flyweight.cli.options import read_value, read_values
 from flyweight.errors import FlyweightError, UsageError
 from flyweight.records import read_records
 from flyweight.report.curves import draw

@@ -28,7 +28,7 @@ from flyweight.export.targets import targets
 from flyweight.export.task import Task
 from flyweight.export.verify import APART, answers, gate
 from flyweight.exported import CONTRACT, Exported
-from flyweight.exporting import Subject, export_run, open_subject, prove
+from flyweight.exporting import Outcome, Subject, export_run, open_subject, prove
 from flyweight.net import Net
 from flyweight.ops import GlobalAvgPool
 from flyweight.preprocess import Preprocess
@@ -210,6 +210,46 @@ def test_the_gate_stops_planted_faults(
     assert outcome.parity.worst["name"] in subject.validation.names
     if fault != "none":
         assert outcome.parity.worst["difference"] > APART
+
+
+def test_the_fastest_form_that_answers_rightly_is_taken(
+    pictures: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject = subject_of(probe(pictures), IMAGENET, pictures)
+    held = gate(subject.reference, subject.reference, subject.validation, exact=True)
+    wrong = replace(held, agreement=0.2, passed=False)
+    made = [Outcome("onnx", "onnxruntime", "int8", 0.0, parity=parity, ms=ms) for parity, ms in
+            ((held, 2.0), (wrong, 0.1), (held, 1.0), (held, 0.99))]  # fmt: skip
+    monkeypatch.setattr("flyweight.exporting._proof", lambda engine, task, *_: made[int(task)])
+
+    def taken(*numbers: int) -> int:
+        return made.index(prove("onnxruntime", numbers, subject))  # type: ignore[arg-type]
+
+    assert taken(0, 1, 2, 3) == 2  # the last is faster by less than two measurements differ by
+    assert taken(0, 1) == 0
+    assert taken(1) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="reads /proc/cpuinfo")
+def test_bfloat16_is_there_where_the_processor_has_it() -> None:
+    if lacking(engines()["openvino"]):
+        pytest.skip("openvino is not installed")
+    flags = Path("/proc/cpuinfo").read_text().split()
+    assert (lacking(engines()["openvino-bf16"]) is None) == bool({"avx512_bf16", "amx_bf16"} & {*flags})
+
+
+def test_bfloat16_is_gated_as_int8_is(pictures: tuple[Dataset, Dataset]) -> None:
+    if lack := lacking(engines()["openvino-bf16"]):
+        pytest.skip(lack)
+    subject = subject_of(probe(pictures), IMAGENET, pictures)
+    exact, rounded = (prove(name, [subject.task], subject) for name in ("openvino", "openvino-bf16"))
+    assert exact.parity is not None
+    assert rounded.parity is not None
+    assert exact.parity.tolerance == pytest.approx(0.001)
+    assert rounded.parity.tolerance >= 0.01
+    assert exact.parity.worst is not None
+    assert rounded.parity.worst is not None
+    assert rounded.parity.worst["difference"] > exact.parity.worst["difference"]
 
 
 @pytest.fixture(scope="module")

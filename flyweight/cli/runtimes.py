@@ -1,4 +1,4 @@
-"""The verbs about runtimes: exports that are proven, what is measured. `cli` registers them."""
+"""The verbs about runtimes: exports that are proven, what is measured."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from flyweight.errors import UsageError
+from flyweight.cli.options import Json, numbers, words
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 DATA = "Pictures to judge by, as for fit; by default the run's own."
 
 
@@ -84,16 +83,3 @@ def profile(
     path = out or default_path()
     table.write(path)
     show_profile(path, table, checked, as_json)
-
-
-def words(text: str) -> tuple[str, ...]:
-    """What stands between commas."""
-    return tuple(each.strip() for each in text.split(",") if each.strip())
-
-
-def numbers(text: str, option: str) -> tuple[int, ...]:
-    """The whole numbers above zero between commas. Raises UsageError."""
-    found = words(text)
-    if not all(each.isdigit() and int(each) > 0 for each in found):
-        raise UsageError(f"{option} takes whole numbers with commas between them, not {text!r}")
-    return tuple(map(int, found))
