@@ -18,10 +18,11 @@ from flyweight.create import create_model
 from flyweight.data import open_source, prepare
 from flyweight.data.dataset import Dataset
 from flyweight.export import int8, onnx
+from flyweight.export.pixels import without_zero_point
 from flyweight.export.verify import answers, compare, temperature, wilson
 from flyweight.fold import fold_batchnorm
 from flyweight.graph import GraphError
-from flyweight.ops import GlobalAvgPool
+from flyweight.ops import GlobalAvgPool, SameConv2d
 from flyweight.preprocess import Preprocess
 from flyweight.train.loop import logits
 
@@ -129,6 +130,34 @@ def test_int8_keeps_most_answers_and_shrinks(scheme: int8.Scheme, pictures: Data
     assert (reference == exported).mean() > 0.9
     assert {entry.key for entry in quantised.metadata_props} == {"classes", "preprocess"}
     assert max(len(node.output[0]) for node in quantised.graph.node) <= len("probabilities")
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(1, 16, 3, 2, 1), SameConv2d(1, 16, 3, 2), nn.Conv2d(1, 16, 5)])
+def test_the_mean_of_pixels_moves_into_the_first_biases(layer: nn.Module, pictures: Dataset) -> None:
+    torch.manual_seed(0)
+    net = balanced(nn.Sequential(layer, nn.ReLU(), GlobalAvgPool(), nn.Linear(16, 3)).eval(), pictures, GREY)
+    images = pictures.batch(28, range(64))
+    model = int8.quantise(onnx.export(net, GREY, CLASSES), images, int8.schemes()[0])
+    moved = without_zero_point(model)
+    onnx_format.checker.check_model(moved)
+    constants = {each.name: numpy_helper.to_array(each) for each in moved.graph.initializer}
+    zeros = [constants[node.input[2]] for node in moved.graph.node if node.op_type == "DequantizeLinear"]
+    assert not any((zero == 72).all() for zero in zeros)
+    before, after = (engine.load(each.SerializeToString(), 1)(images) for each in (model, moved))
+    np.testing.assert_array_equal(after, before)
+    assert before.std(axis=0).min() > 0.01
+
+
+def test_pixels_stay_as_they_are_where_their_mean_cannot_be_moved() -> None:
+    colour = Preprocess((28, 28), 3, (1.5, 2.0, 3.0), (50.0, 60.0, 70.0))
+    pooled = nn.Sequential(nn.MaxPool2d(2), nn.Conv2d(1, 16, 3), nn.ReLU(), GlobalAvgPool(), nn.Linear(16, 3)).eval()
+    for net, preprocess in ((probe(3), colour), (pooled, GREY)):
+        images = np.random.default_rng(0).integers(0, 256, (4, 28, 28, preprocess.channels), dtype=np.uint8)
+        model = onnx.export(net, preprocess, CLASSES)
+        for each in (model, int8.quantise(model, images, int8.schemes()[0])):
+            assert without_zero_point(each) is each
+    plain = onnx.export(probe(1), GREY, CLASSES)
+    assert without_zero_point(plain) is plain
 
 
 def test_overflow_is_noticed_and_weights_of_seven_bits_avoid_it() -> None:

@@ -136,7 +136,7 @@ def test_a_known_machine_is_recovered(
 
 
 def test_factors_correct_what_whole_networks_show(spent: dict[Kernel, float]) -> None:
-    nets = [task(spec_of(name, size=32, num_classes=10)) for name in SOME[:4]]
+    nets = [task(spec_of(name, size=size, num_classes=10)) for name in SOME[:4] for size in (32, 64, 96)]
     part = profile(KnownMachine(slower=1.5), covering(spent, 100), nets, 60, silent)  # type: ignore[arg-type]
     graph = graph_of("resnet18")
     assert part.predict(kernels(graph)) / sum(map(law, kernels(graph))) == pytest.approx(1.5, abs=0.2)

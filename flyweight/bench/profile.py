@@ -1,7 +1,8 @@
 """A machine's latency table: kernels measured on its engines, from which a network's latency there is predicted.
 
 The latency of a network is the sum of its kernels', each kind's corrected by a factor from a few whole networks: in a
-network values come from the cache of the layer before, and layouts change on the way.
+network values come from the cache of the layer before, layouts change on the way, and weights come from further away
+than those of a kernel that runs alone again and again.
 """
 
 import importlib.metadata
@@ -36,7 +37,9 @@ NET_SECONDS, ROUNDS = 0.3, 5  # of running each whole network, in so many rounds
 LEAST_RUNS, MOST_RUNS = 7, 100
 CALIBRATION = 2  # pictures: only the speed of an int8 network is wanted
 TIES = 0.1  # how strongly a kind's factor is held to one, against the relative errors of whole networks
+TIES_BESIDE = 0.01  # the same of what comes beside the kernels, to nothing
 EACH = 0.005  # ms: about what lies between two kernels
+FETCH = 2.5e-8  # ms: about what it takes to fetch a byte of weights
 LEAST_OF_KIND = 4
 FLAG = 2.0  # how far kernels are apart that differ in a flag, in powers of e of a size
 
@@ -54,8 +57,9 @@ class Timing:
 class Part:
     """What was measured on one engine.
 
-    `factors` correct the sum of the kernels of a kind; `each` is what a kernel takes beside, in milliseconds: what lies
-    between two of a network is in neither's own measurement.
+    `factors` correct the sum of the kernels of a kind; `each` and `weight` are what a kernel and a weight take beside,
+    in milliseconds: what lies between two kernels of a network, and from where weights come, is in no measurement of
+    one.
     """
 
     engine: str
@@ -65,6 +69,7 @@ class Part:
     timings: tuple[Timing, ...] = field(repr=False)
     factors: Mapping[str, float]
     each: float = 0.0
+    weight: float = 0.0
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -91,7 +96,7 @@ class Part:
     def predict(self, wanted: Sequence[Kernel]) -> float:
         """Milliseconds of a network of these kernels."""
         own = sum(self.factors.get(kind, 1.0) * ms for kind, ms in self.by_kind(wanted).items())
-        return own + self.each * len(wanted)
+        return own + self.each * len(wanted) + self.weight * sum(kernel.weights for kernel in wanted)
 
     def to_json(self) -> dict[str, Any]:
         """As in the table's file."""
@@ -194,9 +199,7 @@ class Meter:
         if self.format == INT8:
             task = task.quantised(int8.schemes()[0], _pictures(task.shape, CALIBRATION))
         known = engine(self.engine)
-        # An ONNX file is written in milliseconds.
-        exported = target("onnx" if ".onnx" in known.OPENS else known.TARGET).export(task)
-        return known.start(exported, self.threads)
+        return known.start(target(known.TARGET).export(task), self.threads)
 
 
 class Whole:
@@ -293,16 +296,19 @@ def profile(meter: Meter, chosen: Iterable[Kernel], nets: Sequence[Task], second
 
 
 def corrected(part: Part, nets: Sequence[Sequence[Kernel]], measured: Sequence[float]) -> Part:
-    """The part with factors a for each kind and b · EACH for each kernel, by whole networks of n kernels.
+    """The part with factors a for each kind, b · EACH for each kernel and c · FETCH for each byte of weights.
 
-    Such that Σ over nets ((Σ aₖ tₖ + b · EACH · n) / t − 1)² + TIES · (Σ (aₖ − 1)² + b²) is least.
+    Such that Σ over nets (predicted / measured − 1)² + TIES · Σ (aₖ − 1)² + TIES_BESIDE · (b² + c²) is least.
     """
     sums = [part.by_kind(own) for own in nets]
     kinds = sorted({kind for each in sums for kind in each})
-    share = np.array([[each.get(kind, 0.0) / ms for kind in kinds] for each, ms in zip(sums, measured, strict=True)])
-    each = np.array([EACH * len(own) / ms for own, ms in zip(nets, measured, strict=True)])
-    share = np.hstack([share.reshape(len(nets), len(kinds)), each[:, None]])
-    left = share.T @ share + TIES * np.eye(len(kinds) + 1)
-    prior = np.array([1.0] * len(kinds) + [0.0])
-    *solved, beside = np.linalg.solve(left, share.T @ np.ones(len(nets)) + TIES * prior).tolist()
-    return replace(part, factors=dict(zip(kinds, solved, strict=True)), each=EACH * beside)
+    fetched = FETCH * (4 if part.format == FLOAT else 1)
+    rows = [
+        [*(each.get(kind, 0.0) for kind in kinds), EACH * len(own), fetched * sum(kernel.weights for kernel in own)]
+        for each, own in zip(sums, nets, strict=True)
+    ]
+    share = np.array(rows).reshape(len(nets), len(kinds) + 2) / np.array(measured)[:, None]
+    ties, prior = (np.array([value] * len(kinds) + [beside] * 2) for value, beside in ((TIES, TIES_BESIDE), (1.0, 0.0)))
+    left = share.T @ share + np.diag(ties)
+    *factors, each, weight = np.linalg.solve(left, share.T @ np.ones(len(nets)) + ties * prior).tolist()
+    return replace(part, factors=dict(zip(kinds, factors, strict=True)), each=EACH * each, weight=fetched * weight)

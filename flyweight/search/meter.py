@@ -87,9 +87,8 @@ class Elsewhere:
 
 
 def written(engine: str, form: Task) -> Exported:
-    """A network in the form that an engine opens: as ONNX where it can, since that takes milliseconds."""
-    known = engines()[engine]
-    return target("onnx" if ".onnx" in known.OPENS else known.TARGET).export(form)
+    """A network as a file for an engine."""
+    return target(engines()[engine].TARGET).export(form)
 
 
 def engines_for(asked: str) -> tuple[str, ...]:
