@@ -160,6 +160,21 @@ def test_a_target_answers_as_the_network_does(to: str, name: str, pictures: tupl
     assert exported.name.startswith("model_int8") or to == "web"
 
 
+@pytest.mark.parametrize("to", targets())
+def test_weights_in_any_order_of_memory_are_exported(to: str, pictures: tuple[Dataset, Dataset]) -> None:
+    """Training leaves them with their channels last."""
+    if not usable(to):
+        pytest.skip(f"{to} cannot be used here")
+    net = made("convolution", SHARED_MEAN, pictures)
+    files = [
+        targets()[to].export(Task(net.to(memory_format=order), SHARED_MEAN, ("cat", "espresso")))
+        for order in (torch.contiguous_format, torch.channels_last)
+    ]
+    images = pictures[1].batch(SIDE, range(3))
+    found, again = (engine(targets()[to].ENGINE).start(file, 1)(images) for file in files)
+    np.testing.assert_allclose(again, found, atol=1e-5)
+
+
 def probe(pictures: tuple[Dataset, Dataset]) -> nn.Module:
     """Answers that hang on brightness, on the order of channels and on how sharp a picture is; both equally often."""
     torch.manual_seed(0)
@@ -181,7 +196,7 @@ FAULTS = ["none", "forgotten mean", "swapped channels", "wrong resize"]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("to", [name for name in targets() if name != "executorch"])
+@pytest.mark.parametrize("to", targets())
 def test_the_gate_stops_planted_faults(
     to: str, fault: str, pictures: tuple[Dataset, Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +251,18 @@ def test_bfloat16_is_there_where_the_processor_has_it() -> None:
         pytest.skip("openvino is not installed")
     flags = Path("/proc/cpuinfo").read_text().split()
     assert (lacking(engines()["openvino-bf16"]) is None) == bool({"avx512_bf16", "amx_bf16"} & {*flags})
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_openvino_opens_an_onnx_file_too(precision: str, pictures: tuple[Dataset, Dataset]) -> None:
+    if lack := lacking(engines()["openvino"]):
+        pytest.skip(lack)
+    images = pictures[1].batch(SIDE, range(5))
+    task = subject_of(probe(pictures), IMAGENET, pictures).task
+    file = targets()["onnx"].export(task if precision == "float32" else task.quantised(int8.schemes()[0], images))
+    own, other = (engines()[name].start(file, 1)(images) for name in ("onnxruntime", "openvino"))
+    np.testing.assert_allclose(other, own, atol=1e-5 if precision == "float32" else 0.05)
+    assert own.std() > 0.05
 
 
 def test_bfloat16_is_gated_as_int8_is(pictures: tuple[Dataset, Dataset]) -> None:

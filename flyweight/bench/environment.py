@@ -4,10 +4,12 @@ import importlib.metadata
 import os
 import platform
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "onnxruntime", "onnx", "numpy", "pillow", "safetensors")
+RUNTIMES = ("openvino", "ai-edge-litert", "ncnn", "executorch")  # where they are installed
 
 
 def environment(threads: int) -> dict[str, Any]:
@@ -18,9 +20,17 @@ def environment(threads: int) -> dict[str, Any]:
         "memory_bytes": _memory(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": sys.version.split()[0],
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES} | _runtimes(),
         "threads": threads,
     }
+
+
+def _runtimes() -> dict[str, str]:
+    found = {}
+    for name in RUNTIMES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _processor() -> str:

@@ -1,7 +1,10 @@
 """ExecuTorch's `.pte`, its layers given to XNNPACK; int8 by its own quantiser, which looks at the pictures itself."""
 
 import copy
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -40,15 +43,16 @@ class Whole(nn.Module):
 
 def export(task: Task) -> Exported:
     """See `targets`."""
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-    from executorch.exir import to_edge_transform_and_lower
+    with _silence():
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
 
-    net = fold_batchnorm(copy.deepcopy(task.net), task.shape)
+    # Training leaves weights in another order of memory, which the converter cannot take.
+    net = fold_batchnorm(copy.deepcopy(task.net), task.shape).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
     whole = Whole(net, task.preprocess, task.temperature).eval()
     height, width = task.preprocess.size
     image = torch.zeros(1, height, width, task.preprocess.channels, dtype=torch.uint8)
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # of the converter's own parts, among themselves
+    with _silence(), torch.no_grad():
         program = torch.export.export(whole, (image,))
         if task.int8 is not None:
             captured = program.module()
@@ -58,6 +62,19 @@ def export(task: Task) -> Exported:
         lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
         data = bytes(lowered.to_executorch().buffer)
     return task.exported(NAME, {".pte": data})
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Within it no warnings: the converter's parts give them to each other."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)
 
 
 def _quantised(graph: GraphModule, pictures: np.ndarray, per_channel: bool) -> nn.Module:
