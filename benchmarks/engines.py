@@ -3,9 +3,9 @@
     python -m benchmarks.engines FLOWERS WEIGHTS [--threads 2] [--json]
 
 WEIGHTS holds squeezenet1_0_imagenet.safetensors and mobilenet_v1_075_192_imagenet.safetensors, FLOWERS are photographs
-in train/ and test/. Files whose int8 ranges come from training photographs may ship where they give at least 95 %
-of the float network's answers on the validation photographs; the test photographs are scored once, at the end. All
-files run in processes of their own, in interleaved rounds. What ships is chosen by one race, and judged by a second.
+in train/ and test/. Files whose int8 ranges come from a fifth of the training photographs may ship where they give at
+least 95 % of the float network's answers on the others; the test photographs are scored once, at the end. All files run
+in processes of their own, in interleaved rounds. What ships is chosen by one race, and judged by a second.
 """
 
 import argparse
@@ -49,7 +49,10 @@ NETS: dict[str, tuple[str, dict[str, Any], tuple[tuple[float, ...], tuple[float,
 
 
 def subject_of(name: str, weights: Path, flowers: str) -> tuple[Subject, Any]:
-    """A network with the photographs, and those of the test; its own answers are the labels."""
+    """A network with the photographs, and those of the test; its own answers are the labels.
+
+    It was trained on none of them, so the more judge it, and the fewer place its ranges.
+    """
     file, args, (mean, std) = NETS[name]
     net = build(spec_of(name, **args)).eval()
     take(net, read_weights(weights / f"{file}.safetensors"))
@@ -61,7 +64,7 @@ def subject_of(name: str, weights: Path, flowers: str) -> tuple[Subject, Any]:
         return replace(data, labels=logits(net, data, preprocess).argmax(1).numpy(), classes=classes)
 
     clean = splits.test.subset(np.flatnonzero(~splits.leaked))
-    return Subject(Task(net, preprocess, classes), named(splits.train), named(splits.validation)), named(clean)
+    return Subject(Task(net, preprocess, classes), named(splits.validation), named(splits.train)), named(clean)
 
 
 def exported(subject: Subject, names: Sequence[str], seconds: float) -> list[Outcome]:
@@ -147,7 +150,7 @@ def row(first: Timing, second: Timing, kept: tuple[float, float], macs: int) -> 
     told |= {"again": f"{second.p50:.2f}", "p95": f"{first.p95:.2f}", "p99": f"{first.p99:.2f}", "n": first.n}
     told |= {"cold ms": f"{first.cold_ms:.0f}", "MB": f"{first.peak_bytes / 1e6:.0f}", "bytes": first.file_bytes}
     told |= {f"/s by {batch}": f"{rate:.0f}" for batch, rate in first.throughput.items()}
-    told |= {"kept, test": f"{100 * kept[0]:.1f} %", "validation": f"{100 * kept[1]:.1f} %"}
+    told |= {"kept, test": f"{100 * kept[0]:.1f} %", "judged": f"{100 * kept[1]:.1f} %"}
     return told | {"GMAC/s": f"{macs / first.p50 / 1e6:.0f}"}
 
 
