@@ -1,11 +1,8 @@
 """The trainer: augmentation, the clock, averages, precision, checkpoints that continue exactly."""
 
-import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +19,6 @@ from flyweight.net import Net
 from flyweight.preprocess import Preprocess
 from flyweight.train.checkpoint import load_checkpoint, save_checkpoint
 from flyweight.train.ema import Ema
-from flyweight.train.faults import signals_between_steps
 from flyweight.train.inputs import augmented, normalise
 from flyweight.train.loop import Clock, Diverged, Training, _step, logits, score, train
 from flyweight.train.optimisers import make
@@ -202,28 +198,28 @@ def test_interrupted_and_resumed_it_ends_with_the_same_weights(splits, tmp_path:
     assert same(whole.net, rest.net)
 
 
-def arrives(what: Callable[[], bool]) -> None:
-    """A signal may come by way of another thread, and so a little later."""
-    end = time.monotonic() + 5
-    while not what() and time.monotonic() < end:
-        time.sleep(0.01)
-    assert what()
-
-
-def interrupt() -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(5)
-
-
 def test_a_signal_waits_for_the_end_of_the_step() -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    with signals_between_steps() as signals:
-        assert not signals.came
-        os.kill(os.getpid(), signal.SIGTERM)
-        arrives(lambda: signals.came)
-        with pytest.raises(KeyboardInterrupt):  # the second does not wait
-            interrupt()
-    assert signal.getsignal(signal.SIGTERM) is handler
+    """In a process of its own, which a signal at the wrong moment would end."""
+    code = """
+        import os, signal, time
+        from flyweight.train.faults import signals_between_steps
+
+        handler = signal.getsignal(signal.SIGTERM)
+        with signals_between_steps() as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not signals.came:  # it may come by way of another thread, and so a little later
+                time.sleep(0.01)
+            print("noted", flush=True)
+            try:  # the second does not wait
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                print("interrupted", flush=True)
+        print("restored" if signal.getsignal(signal.SIGTERM) is handler else "changed")
+        """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.split() == ["noted", "interrupted", "restored"]
 
 
 def test_a_network_that_never_saw_mirror_images_tells_left_from_right(splits) -> None:
