@@ -82,6 +82,15 @@ def test_the_card_states_shares_of_what_is_possible(subject: Subject) -> None:
     counted = cost(subject.task.net)  # type: ignore[arg-type]
     timing = Timing("onnxruntime", "onnx", "float32", 1, 1000, p50=1000 * counted.macs / possible["float32"])
     told = card(counted, [timing, Timing("ncnn", "ncnn", "int8", 1, 9, failed="it did")], {1: possible})
+    for format, engine_name, of in (
+        ("float32, clustered, packed", "onnxruntime", 0.5),
+        ("int8 per-channel u8", "onnxruntime", 0.25),
+        ("float32", "openvino-bf16", None),  # whose peak was not measured
+    ):
+        half = Timing(engine_name, "onnx", format, 1, 9, p50=2000 * counted.macs / possible["float32"])
+        rate = {"float32": possible["float32"], "int8": 2 * possible["float32"]}
+        (row,) = card(counted, [half], {1: rate})["engines"]
+        assert row["of_peak"] == of
     assert told["flops"] == 2 * told["macs"] == 2 * counted.macs
     assert [row["of_peak"] for row in told["engines"]] == [pytest.approx(1), None]
     assert told["file_bytes"] == {"onnx, float32": 1000}

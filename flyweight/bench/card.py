@@ -32,6 +32,6 @@ def card(counted: NetCost, timings: Sequence[Timing], peak: Mapping[int, Mapping
 def _share(macs: int, timing: Timing, peak: Mapping[int, Mapping[str, float]]) -> float | None:
     if timing.failed or timing.threads not in peak:
         return None
-    used = precision(timing.engine, timing.format)
-    rate = peak[timing.threads][used if used in peak[timing.threads] else INT8]
-    return round(1000 * macs / (timing.p50 * rate), 4)
+    used = precision(timing.engine, timing.format).partition(",")[0]  # of "float32, clustered, packed" the first word
+    rate = peak[timing.threads].get(INT8 if used.startswith(INT8) else used)
+    return None if rate is None else round(1000 * macs / (timing.p50 * rate), 4)

@@ -116,7 +116,7 @@ def _full_or_rounded(full: Variant | None, rounded: Variant | None) -> Variant:
         assert only is not None
         only.why = "shipped: the only precision within the budget" if full is None else "shipped"
         return only
-    name = rounded.precision.partition(" ")[0]
+    name = "int8" if rounded.precision.startswith("int8") else rounded.precision
     loss = full.val_top1 - rounded.val_top1
     if loss > TOLERATED:
         full.why = f"shipped: {name} loses {100 * loss:.2f} points"
